@@ -1,0 +1,33 @@
+"""From a model's name to a directory of weights, tokenizer and settings on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_dataflow import engine
+from finetune_dataflow.embedded_model import EMBEDDED_MODEL_ID, embedded_model_directory
+
+
+def base_model_name(model_id: str = EMBEDDED_MODEL_ID) -> str:
+    """The name of the base model, as given.
+
+    Inputs:
+        model_id: The base model: a local directory (MLX or Hugging Face safetensors), a .gguf file, a hub repository
+            (owner/name), or smollm2-135m-instruct, the embedded default.
+    """
+    return model_id
+
+
+def base_model_path(base_model_name: str) -> Path:
+    """The directory of the base model on this machine: config.json, safetensors weights, tokenizer.
+
+    Raises UserError where it has no weights, is no decoder-only language model, or cannot be found.
+    """
+    if base_model_name == EMBEDDED_MODEL_ID:
+        return embedded_model_directory()
+    return engine.model_source.model_directory(base_model_name)
+
+
+def base_model_fingerprint(base_model_path: Path) -> str:
+    """The SHA-256 of the base model's weights, settings and tokenizer files."""
+    return engine.model_source.model_fingerprint(base_model_path)

@@ -1,0 +1,83 @@
+"""The commands: `finetune-dataflow …`, or `python run.py …` in a checkout."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from finetune_dataflow.errors import UserError, nearest
+
+USAGE = """\
+Fine-tune a language model on your own questions and answers, and be told whether it helped.
+
+usage: run.py [COMMAND] [options]
+
+commands:
+  train      the main job (also without a command): fit, evaluate base and tuned model, give the verdict
+  evaluate   evaluate an adapter that was saved before: --adapter DIR
+  inputs     every input with its type, default and meaning
+  graph      draw the dataflow as an SVG: --start base|presaved --out FILE
+
+options of train and evaluate:
+  --data FILE                  the data file, a JSON list or JSON lines (default: the example, where none is named)
+  --input-text-key KEY         the key of the text that the model is given
+  --output-text-key KEY        the key of the text that it learns to reply
+  --NAME VALUE                 any input, as `run.py inputs` lists them; --set NAME=VALUE is the same
+  -c, --config FILE            inputs from a YAML file; options given beside it win
+  --start base|presaved        fit, then evaluate (default), or evaluate the adapter in --adapter-path
+  --out DIR                    the directory of the run (default: runs/<data file>-<fingerprint>)
+  -h, --help                   this text
+"""
+
+COMMANDS = ("train", "evaluate", "inputs", "graph")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, or 2 for a mistake of the user's, which is told without a traceback."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _quiet_libraries()
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `run.py inputs | head`
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if "-h" in arguments or "--help" in arguments or arguments[:1] == ["help"]:
+        print(USAGE, end="")
+        return 0
+    command = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "train"
+    if command not in COMMANDS:
+        raise UserError(f"Unknown command {command!r}.{nearest(command, COMMANDS)} The commands are {', '.join(COMMANDS)}.")
+    # Imported here, so that --help answers without loading the dataflow.
+    if command == "inputs":
+        from finetune_dataflow.cli.inputs import print_inputs
+
+        return print_inputs(arguments)
+    if command == "graph":
+        from finetune_dataflow.cli.graph import draw
+
+        return draw(arguments)
+    from finetune_dataflow.cli.train import train
+
+    return train(["--start", "presaved", *arguments] if command == "evaluate" else arguments)
+
+
+def _quiet_libraries() -> None:
+    """Show our own log lines only; other libraries keep theirs for the debugger. Must run before they are imported."""
+    os.environ.setdefault("HAMILTON_AUTOLOAD_EXTENSIONS", "0")  # a second of imports that nothing here uses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("finetune_dataflow").setLevel(logging.INFO)
+    # A failing node is told by our own message, or by Python's traceback; Hamilton's banner would bury both.
+    logging.getLogger("hamilton").setLevel(logging.CRITICAL + 1)

@@ -1,0 +1,33 @@
+"""`run.py inputs`: every input of the two graphs."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+from finetune_dataflow.cli.options import REQUIRED, Input, build_driver, graph_inputs
+from finetune_dataflow.errors import UserError
+from finetune_dataflow.start import STARTS
+
+
+def all_inputs() -> dict[str, tuple[Input, tuple[str, ...]]]:
+    """Every input of either graph, by name, with the starts that have it."""
+    by_start = {start: graph_inputs(build_driver(start)) for start in STARTS}
+    names = sorted({name for inputs in by_start.values() for name in inputs})
+    found = {}
+    for name in names:
+        having = tuple(start for start in STARTS if name in by_start[start])
+        found[name] = (by_start[having[0]][name], having)
+    return found
+
+
+def print_inputs(arguments: Sequence[str]) -> int:
+    """Print every input: name, type, default, meaning."""
+    if arguments:
+        raise UserError(f"inputs takes no options, found {arguments[0]!r}.")
+    for each, starts in all_inputs().values():
+        default = "required" if each.default is REQUIRED else f"default {each.default!r}"
+        only = "" if len(starts) == len(STARTS) else f", start={starts[0]} only"
+        print(f"{each.name}  ({each.type.__name__}, {default}{only})")
+        print(textwrap.fill(each.meaning, 100, initial_indent="    ", subsequent_indent="    "))
+    return 0

@@ -1,0 +1,76 @@
+"""Plain MLX code without nodes: token columns, batches, losses, the fit, generation, statistics, files.
+
+Nothing here knows of Hamilton. Submodules load on first use (`engine.training`, `engine.generation`, …), so importing the
+package costs little; the CPU runtime comes first, because it must stand before MLX.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from finetune_dataflow.engine import cpu_runtime
+
+if TYPE_CHECKING:
+    from finetune_dataflow.engine import (
+        adapters,
+        batches,
+        chat,
+        comparison,
+        drawing,
+        files,
+        generation,
+        gguf,
+        ledger,
+        losses,
+        memory,
+        model_source,
+        models,
+        progress,
+        randomness,
+        rouge,
+        rows,
+        run_directory,
+        settings,
+        splitting,
+        statistics,
+        tokens,
+        training,
+    )
+
+__all__ = [
+    "adapters",
+    "batches",
+    "chat",
+    "comparison",
+    "cpu_runtime",
+    "drawing",
+    "files",
+    "generation",
+    "gguf",
+    "ledger",
+    "losses",
+    "memory",
+    "model_source",
+    "models",
+    "progress",
+    "randomness",
+    "rouge",
+    "rows",
+    "run_directory",
+    "settings",
+    "splitting",
+    "statistics",
+    "tokens",
+    "training",
+]
+
+cpu_runtime.load_fast_blas()
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Import a submodule when it is first named (PEP 562)."""
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

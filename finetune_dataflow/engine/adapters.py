@@ -1,0 +1,103 @@
+"""Adapters in mlx-lm's layout: `adapters.safetensors` and `adapter_config.json` in one directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.tuner.utils import load_adapters as load_mlx_lm_adapters
+
+from finetune_dataflow.engine.files import content_fingerprint, replacing, write_json
+from finetune_dataflow.engine.randomness import seeded
+from finetune_dataflow.engine.settings import FitSettings
+from finetune_dataflow.errors import UserError
+
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+
+
+def add_lora_layers(model: nn.Module, settings: FitSettings) -> None:
+    """Freeze `model` and put LoRA layers, seeded by random_state, on the linear layers of its last num_layers blocks.
+
+    The second of the two matrices starts at zero, so the model's outputs do not change yet.
+    Raises UserError for more layers than the model has.
+    """
+    blocks = len(model.layers)
+    if settings.num_layers > blocks:
+        raise UserError(f"num_layers={settings.num_layers} is out of range. Expected at most {blocks}, the model's layers, or -1.")
+    model.freeze()
+    with seeded(settings.random_state):
+        linear_to_lora_layers(model, adapted_layers(settings, blocks), lora_parameters(settings))
+        mx.eval(model.trainable_parameters())
+
+
+def adapted_layers(settings: FitSettings, blocks: int) -> int:
+    """How many of the model's last blocks are adapted."""
+    return blocks if settings.num_layers == -1 else settings.num_layers
+
+
+def lora_parameters(settings: FitSettings) -> dict[str, float | int]:
+    """The LoRA settings under mlx-lm's names; its scale is absolute (PEFT's alpha is scale * rank)."""
+    return {"rank": settings.lora_rank, "scale": settings.lora_scale, "dropout": settings.lora_dropout}
+
+
+def save_weights(model: nn.Module, directory: Path) -> Path:
+    """Write the trainable parameters, whole or not at all."""
+    path = directory / WEIGHTS
+    with replacing(path) as temporary:
+        mx.save_safetensors(str(temporary), dict(tree_flatten(model.trainable_parameters())), {"format": "mlx"})
+    return path
+
+
+def save_config(directory: Path, config: dict[str, Any]) -> Path:
+    """Write `adapter_config.json`, which mlx-lm reads to rebuild the layers."""
+    return write_json(directory / CONFIG, config)
+
+
+def check_adapter(adapter_path: Path) -> dict[str, Any]:
+    """The adapter's config; UserError where the directory, its config or its weights are missing or unreadable."""
+    if not adapter_path.is_dir():
+        raise UserError(f"adapter_path={str(adapter_path)!r}: there is no such directory. Expected one with {WEIGHTS} and {CONFIG}.")
+    missing = [name for name in (WEIGHTS, CONFIG) if not (adapter_path / name).is_file()]
+    if missing:
+        inside = adapter_path / "adapters"
+        hint = f" Did you mean {str(inside)!r}?" if (inside / WEIGHTS).is_file() else ""
+        raise UserError(f"The directory {adapter_path} holds no adapter: {' and '.join(missing)} missing.{hint}")
+    try:
+        config = json.loads((adapter_path / CONFIG).read_text(encoding="utf-8"))
+        return {"num_layers": config["num_layers"], "lora_parameters": config["lora_parameters"], **config}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{adapter_path / CONFIG} is no adapter config of mlx-lm's: {error!r}.") from error
+
+
+def apply_adapter(model: nn.Module, adapter_path: Path, base_model_path: Path) -> None:
+    """Put the adapter's layers and weights on `model`; UserError where they belong to another model."""
+    config = check_adapter(adapter_path)
+    try:
+        load_mlx_lm_adapters(model, str(adapter_path))
+    except (ValueError, KeyError, RuntimeError) as error:
+        made_for = config.get("model", "an unknown model")
+        raise UserError(
+            f"The adapter in {adapter_path} does not fit the model in {base_model_path}; it was made for {made_for}. "
+            f"{_first_problem(error)}"
+        ) from error
+
+
+def _first_problem(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
+    return f"{lines[1] if len(lines) > 1 else lines[0]}{more}"
+
+
+def adapter_fingerprint(adapter_path: Path) -> str:
+    """SHA-256 over the adapter's weights and config."""
+    return content_fingerprint([adapter_path / WEIGHTS, adapter_path / CONFIG])
+
+
+def adapter_files(adapter_path: Path) -> dict[str, Path]:
+    """The paths of an adapter: `adapter` (the directory), `config`, `weights`."""
+    return {"adapter": adapter_path, "config": adapter_path / CONFIG, "weights": adapter_path / WEIGHTS}

@@ -1,0 +1,80 @@
+"""Rows in batches of few fixed shapes, in an order of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
+
+SHAPES = 6  # the most widths that one set of rows is padded to
+STEP = 8  # widths are multiples of this
+WINDOW = 16  # batches whose rows are sorted by length together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows side by side, padded to one width.
+
+    indices: the rows' places in the token columns, at most `batch_size` of them.
+    inputs: int32 [batch_size, width]; zero where padded.
+    targets: int32 [batch_size, width]; the next token's label, -100 where it is not learned or padded.
+    """
+
+    indices: tuple[int, ...]
+    inputs: NDArray[np.int32]
+    targets: NDArray[np.int32]
+
+    @property
+    def supervised(self) -> int:
+        """Targets that are learned."""
+        return int((self.targets != IGNORED).sum())
+
+
+def widths(lengths: NDArray[np.int64]) -> tuple[int, ...]:
+    """At most six widths that every row fits one of, spread over the lengths' quantiles; inputs are one shorter than rows."""
+    quantiles = np.quantile(lengths - 1, np.linspace(0, 1, SHAPES + 1)[1:], method="higher")
+    return tuple(sorted({int(-(-max(each, 1) // STEP) * STEP) for each in quantiles}))
+
+
+def batch(columns: TokenColumns, indices: Sequence[int], batch_size: int, ladder: tuple[int, ...]) -> Batch:
+    """The rows at `indices`, padded to the narrowest width of `ladder` they fit and to `batch_size` rows."""
+    longest = max(int(columns.lengths[index]) for index in indices) - 1
+    width = next(each for each in ladder if each >= longest)
+    inputs = np.zeros((batch_size, width), np.int32)
+    targets = np.full((batch_size, width), IGNORED, np.int32)
+    for line, index in enumerate(indices):
+        ids, labels = columns.row_ids(index), columns.row_labels(index)
+        inputs[line, : len(ids) - 1] = ids[:-1]
+        targets[line, : len(ids) - 1] = labels[1:]
+    return Batch(tuple(int(index) for index in indices), inputs, targets)
+
+
+def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch as row indices: every row exactly once, the last partial batch too.
+
+    Rows are shuffled, sorted by length within windows of sixteen batches so that little is padded, and the batches are
+    shuffled again. The order depends on the seed and the epoch alone.
+    """
+    generator = np.random.default_rng([random_state, epoch])
+    shuffled = generator.permutation(len(columns))
+    by_length = [
+        index
+        for start in range(0, len(shuffled), WINDOW * batch_size)
+        for index in sorted(
+            shuffled[start : start + WINDOW * batch_size].tolist(), key=lambda each: int(columns.lengths[each])
+        )
+    ]
+    cut = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    return [cut[place] for place in generator.permutation(len(cut))]
+
+
+def in_order(columns: TokenColumns, batch_size: int) -> Iterator[Batch]:
+    """Every row once, sorted by length: for losses that no order changes."""
+    ladder = widths(columns.lengths)
+    by_length = np.argsort(columns.lengths, kind="stable")
+    for start in range(0, len(by_length), batch_size):
+        yield batch(columns, by_length[start : start + batch_size].tolist(), batch_size, ladder)

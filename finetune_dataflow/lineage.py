@@ -1,0 +1,99 @@
+"""What made what: the settings of a run, and the fingerprints of what went into it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hamilton.function_modifiers import config
+
+from finetune_dataflow import engine
+from finetune_dataflow.dataset import DataSource
+from finetune_dataflow.engine.run_directory import RunIdentity
+from finetune_dataflow.engine.settings import (
+    FitSettings,
+    GenerationSettings,
+    PromptSettings,
+    SplitSettings,
+    TokenizationSettings,
+)
+
+
+def preparation_settings(
+    data_source: DataSource,
+    base_model_name: str,
+    split_settings: SplitSettings,
+    prompt_settings: PromptSettings,
+    tokenization_settings: TokenizationSettings,
+) -> dict[str, Any]:
+    """Every input that the prepared data depends on, by name."""
+    stages = (data_source, split_settings, prompt_settings, tokenization_settings)
+    return {"model_id": base_model_name, **{name: value for stage in stages for name, value in asdict(stage).items()}}
+
+
+@config.when(start="base")
+def run_identity__base(
+    preparation_settings: dict[str, Any],
+    fit_settings: FitSettings,
+    dataset_fingerprint: str,
+    base_model_fingerprint: str,
+) -> RunIdentity:
+    """What makes a fit this fit and no other: its settings, and the fingerprints of data and base model.
+
+    Generation is not part of it: the same adapter may be evaluated again with other settings.
+    """
+    return engine.run_directory.run_identity(
+        {**preparation_settings, **asdict(fit_settings)},
+        {"dataset": dataset_fingerprint, "base_model": base_model_fingerprint},
+    )
+
+
+@config.when(start="presaved")
+def run_identity__presaved(
+    preparation_settings: dict[str, Any],
+    evaluated_adapter: Path,
+    dataset_fingerprint: str,
+    base_model_fingerprint: str,
+) -> RunIdentity:
+    """What makes an evaluation this one and no other: its settings, and the fingerprints of data, base model and adapter."""
+    return engine.run_directory.run_identity(
+        preparation_settings,
+        {
+            "dataset": dataset_fingerprint,
+            "base_model": base_model_fingerprint,
+            "adapter": engine.adapters.adapter_fingerprint(evaluated_adapter),
+        },
+    )
+
+
+@config.when(start="presaved")
+def run_directory__presaved(run_identity: RunIdentity, output_dir: str = "") -> Path:
+    """The directory of the evaluation's files.
+
+    Inputs:
+        output_dir: The directory of the run; empty for runs/<name of the data file>-<8 digits of the run's fingerprint>.
+
+    Raises UserError where the directory holds another run.
+    """
+    return engine.run_directory.claimed(output_dir, run_identity)
+
+
+def config_file(run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings) -> Path:
+    """config.yaml: every input of the run with its value, defaults included, as `-c` takes it."""
+    values = {**run_identity.names, **run_identity.settings, **asdict(generation_settings)}
+    return engine.files.write_text(run_directory / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+
+
+def lineage_file(run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, metrics_file: Path) -> Path:
+    """lineage.json: what made this adapter and these scores, by fingerprints, settings and versions."""
+    return engine.files.write_json(
+        run_directory / engine.run_directory.LINEAGE,
+        {
+            **asdict(run_identity),
+            "evaluation": asdict(generation_settings),
+            "scores": engine.files.content_fingerprint([metrics_file]),
+            "versions": engine.run_directory.versions(),
+        },
+    )

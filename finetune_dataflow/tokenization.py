@@ -1,0 +1,64 @@
+"""From conversations to token ids and labels: the prompt masked, the reply and its end of turn learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from hamilton.function_modifiers import parameterize, source
+
+from finetune_dataflow import engine
+from finetune_dataflow.engine.chat import Conversation
+from finetune_dataflow.engine.settings import TokenizationSettings
+from finetune_dataflow.engine.tokens import TokenColumns
+
+
+def tokenization_settings(max_seq_length: int = 512, long_rows: str = "truncate_prompt") -> TokenizationSettings:
+    """How long a row may be, and what becomes of a longer one.
+
+    Inputs:
+        max_seq_length: The most tokens a row may have, prompt and reply together.
+        long_rows: What becomes of a longer row: truncate_prompt (cut the beginning of its input text), drop, or error.
+    """
+    return TokenizationSettings(max_seq_length, long_rows)
+
+
+@parameterize(
+    train_tokens={"conversations": source("train_conversations")},
+    validation_tokens={"conversations": source("validation_conversations")},
+    hold_out_tokens={"conversations": source("hold_out_conversations")},
+)
+def set_tokens(
+    conversations: list[Conversation], base_model_path: Path, tokenization_settings: TokenizationSettings
+) -> TokenColumns:
+    """The token columns of {conversations}: flat ids, labels (-100 on the prompt), and the length of each prompt.
+
+    Prompt and reply are tokenised apart and joined, so the prompt's ids are exactly those that generation is fed. Text that
+    looks like a control string becomes plain text. Raises UserError for long rows under long_rows="error".
+    """
+    encoder = engine.chat.load_encoder(base_model_path)
+    settings = tokenization_settings
+    return engine.chat.encode_conversations(encoder, conversations, settings.max_seq_length, settings.long_rows)
+
+
+def row_ledger(
+    records: pd.DataFrame,
+    train_set: pd.DataFrame,
+    validation_set: pd.DataFrame,
+    hold_out_set: pd.DataFrame,
+    train_tokens: TokenColumns,
+    validation_tokens: TokenColumns,
+    hold_out_tokens: TokenColumns,
+) -> pd.DataFrame:
+    """Every row of the data file and what became of it; rows in == used + dropped, or it raises AssertionError.
+
+    Columns: row, set, status ("used" or "dropped"), reason, truncated, prompt_tokens, reply_tokens.
+    """
+    return engine.ledger.row_ledger(
+        records["row"],
+        {
+            "train": (train_set["row"], train_tokens),
+            "validation": (validation_set["row"], validation_tokens),
+            "hold_out": (hold_out_set["row"], hold_out_tokens),
+        },
+    )
