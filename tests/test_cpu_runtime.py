@@ -27,6 +27,13 @@ a, b = (draw.standard_normal(shape).astype(np.float32) for shape in ((300, 576),
 error = float(abs(np.array(mx.matmul(mx.array(a), mx.array(b), stream=mx.cpu)) - a @ b).max())
 """
 LOAD = "from finetune_dataflow.engine import cpu_runtime; report = cpu_runtime.load_fast_blas()\n"
+# Empty packages in place of the real ones, which import NumPy on their own account.
+BARE = f"""
+import sys, types
+for package in ("finetune_dataflow", "finetune_dataflow.engine"):
+    sys.modules[package] = types.ModuleType(package)
+    sys.modules[package].__path__ = [{str(ROOT)!r} + "/" + package.replace(".", "/")]
+"""
 # The switch keeps the package's own import from loading anything before the test has changed what it changes.
 LOAD_LATER = """
 import os; os.environ["FINETUNE_DATAFLOW_BLAS"] = "off"
@@ -100,7 +107,7 @@ for line in open("/proc/self/maps"):
 
 @needs_linux_cpu_mlx
 def test_the_linker_binds_all_of_mlxs_blas_to_the_copy_and_nothing_of_numpys(prepared: Path, tmp_path: Path) -> None:
-    run(LOAD + PRODUCT, prepared, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(tmp_path / "linker"))
+    run(BARE + LOAD + PRODUCT, prepared, LD_DEBUG="bindings", LD_DEBUG_OUTPUT=str(tmp_path / "linker"))
     copy = only_copy(prepared)
     log = "".join(path.read_text() for path in tmp_path.iterdir())
     bound = re.findall(r"binding file (\S+) \[\d+\] to (\S+) \[\d+\]: \w+ symbol `(\w+)'", log)
@@ -185,8 +192,9 @@ def test_a_damaged_copy_is_made_anew(damage: str, prepared: Path, tmp_path: Path
 @needs_linux_cpu_mlx
 def test_a_second_start_writes_nothing_and_imports_neither_numpy_nor_mlx(prepared: Path) -> None:
     before = only_copy(prepared).stat()
-    imports = "import sys; error = sorted({'numpy', 'mlx', 'mlx.core', 'subprocess'} & set(sys.modules))"
-    assert run(LOAD + imports, prepared)[1] == "[]"
+    imports = 'error = sorted({"numpy", "mlx", "mlx.core", "subprocess"} & set(sys.modules))'
+    report, imported, _ = run(BARE + LOAD + imports, prepared)
+    assert ("name='scipy-openblas32 " in report, imported) == (True, "[]")
     after = only_copy(prepared).stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
@@ -307,7 +315,7 @@ def test_a_library_without_scipys_prefix_is_refused() -> None:
 
 
 def test_a_file_that_is_no_elf_library_is_refused() -> None:
-    with pytest.raises(ValueError, match="it starts with b'version "):
+    with pytest.raises(ValueError, match="it starts with b'versio'"):
         exported_symbols(b"version https://git-lfs.github.com/spec/v1")
 
 

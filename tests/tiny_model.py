@@ -35,11 +35,13 @@ def byte_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tiny_model(directory: Path, *, layers: int = 2, seed: int = 0, template: str | None = CHATML) -> Path:
+def write_tiny_model(
+    directory: Path, *, layers: int = 2, hidden_size: int = 32, seed: int = 0, template: str | None = CHATML
+) -> Path:
     """Write the model as a Hugging Face directory: config.json, model.safetensors, tokenizer."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {
-        "model_type": "llama", "hidden_size": 32, "num_hidden_layers": layers, "intermediate_size": 64,
+        "model_type": "llama", "hidden_size": hidden_size, "num_hidden_layers": layers, "intermediate_size": 64,
         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 259,
         "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": True, "eos_token_id": IM_END,
         "architectures": ["LlamaForCausalLM"],

@@ -17,7 +17,7 @@ usage: run.py [COMMAND] [options]
 commands:
   train      the main job (also without a command): fit, evaluate base and tuned model, give the verdict
   evaluate   evaluate an adapter that was saved before: --adapter DIR
-  inputs     every input with its type, default and meaning
+  inputs     every input with its type, default and meaning (--markdown: as a table)
   graph      draw the dataflow as an SVG: --start base|presaved --out FILE
 
 options of train and evaluate:

@@ -22,12 +22,32 @@ def all_inputs() -> dict[str, tuple[Input, tuple[str, ...]]]:
 
 
 def print_inputs(arguments: Sequence[str]) -> int:
-    """Print every input: name, type, default, meaning."""
+    """Print every input: name, type, default, meaning; with `--markdown` as a table for the documentation."""
+    if [*arguments] == ["--markdown"]:
+        print(markdown(), end="")
+        return 0
     if arguments:
-        raise UserError(f"inputs takes no options, found {arguments[0]!r}.")
+        raise UserError(f"inputs takes no options but --markdown, found {arguments[0]!r}.")
     for each, starts in all_inputs().values():
         default = "required" if each.default is REQUIRED else f"default {each.default!r}"
         only = "" if len(starts) == len(STARTS) else f", start={starts[0]} only"
         print(f"{each.name}  ({each.type.__name__}, {default}{only})")
         print(textwrap.fill(each.meaning, 100, initial_indent="    ", subsequent_indent="    "))
     return 0
+
+
+def markdown() -> str:
+    """The inputs as a Markdown page."""
+    lines = [
+        "# Inputs",
+        "",
+        "Read from the graph by `python run.py inputs --markdown`. Each is a key of `inputs=` in `dr.execute`, a flag of the",
+        "command line (`batch_size` is `--batch-size`) and a key of a YAML file for `-c`.",
+        "",
+        "| input | type | default | start | meaning |",
+        "|---|---|---|---|---|",
+    ]
+    for each, starts in all_inputs().values():
+        default = "required" if each.default is REQUIRED else f"`{each.default!r}`"
+        lines.append(f"| `{each.name}` | {each.type.__name__} | {default} | {' '.join(starts)} | {each.meaning} |")
+    return "\n".join(lines) + "\n"

