@@ -10,7 +10,7 @@ Every function below is a node of an Apache Hamilton graph; its parameters name 
 `driver.Builder().with_config({"start": "base"}).with_modules(finetune_dataflow).build()`.
 """
 
-# ruff: noqa: I001 -- in the order of execution, which is the order to read them in
+# ruff: noqa: F401, I001 -- re-exported, in the order of execution, which is the order to read them in
 from finetune_dataflow.dataset import data_source, dataset_fingerprint, records
 from finetune_dataflow.splits import hold_out_set, row_sides, split_settings, train_set, validation_set
 from finetune_dataflow.prompts import conversations, prompt_settings

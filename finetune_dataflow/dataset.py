@@ -38,9 +38,7 @@ def records(data_source: DataSource) -> pd.DataFrame:
     Raises UserError naming the file and the rows that are no objects, lack a key, or hold no text under it.
     """
     path = Path(data_source.data_path).expanduser()
-    pairs = engine.rows.text_pairs(
-        path, engine.rows.read_rows(path), data_source.input_text_key, data_source.output_text_key
-    )
+    pairs = engine.rows.text_pairs(path, engine.rows.read_rows(path), data_source.input_text_key, data_source.output_text_key)
     return pd.DataFrame(pairs, columns=["row", "input_text", "output_text"])
 
 

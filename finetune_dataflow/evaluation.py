@@ -127,9 +127,7 @@ def run_metrics__base(
     finished_fit: FinishedFit,
 ) -> dict[str, Any]:
     """The content of metrics.json: scores of base and tuned model, the verdict, and what the fit took."""
-    return engine.comparison.run_metrics(
-        hold_out_comparison, validation_comparison, verdict, row_ledger, finished_fit.summary
-    )
+    return engine.comparison.run_metrics(hold_out_comparison, validation_comparison, verdict, row_ledger, finished_fit.summary)
 
 
 @config.when(start="presaved")

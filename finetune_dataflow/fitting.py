@@ -36,7 +36,7 @@ def fit_settings__base(
     learning_rate: float = 2e-4,
     warmup_proportion: float = 0.1,
     weight_decay: float = 0.01,
-    epochs: float = 2.0,
+    epochs: float = 1.0,
     batch_size: int = 4,
     evals_per_epoch: int = 2,
 ) -> FitSettings:

@@ -26,9 +26,7 @@ def generation_settings(max_tokens: int = 100, generation_batch_size: int = 32) 
     validation_base_replies={"tokens": source("validation_tokens")},
     hold_out_base_replies={"tokens": source("hold_out_tokens")},
 )
-def base_replies(
-    tokens: TokenColumns, base_model_path: Path, generation_settings: GenerationSettings
-) -> list[str]:
+def base_replies(tokens: TokenColumns, base_model_path: Path, generation_settings: GenerationSettings) -> list[str]:
     """The base model's greedy reply to each prompt of {tokens}."""
     return _replies(tokens, base_model_path, None, generation_settings)
 
@@ -44,9 +42,7 @@ def tuned_replies(
     return _replies(tokens, base_model_path, evaluated_adapter, generation_settings)
 
 
-def _replies(
-    tokens: TokenColumns, base_model_path: Path, adapter: Path | None, settings: GenerationSettings
-) -> list[str]:
+def _replies(tokens: TokenColumns, base_model_path: Path, adapter: Path | None, settings: GenerationSettings) -> list[str]:
     encoder = engine.chat.load_encoder(base_model_path)
     prompts = [tokens.prompt(index) for index in range(len(tokens))]
     replies = engine.generation.greedy_replies(base_model_path, adapter, prompts, encoder, settings)
@@ -67,9 +63,7 @@ def hold_out_set_predictions(hold_out_rows: pd.DataFrame, hold_out_tuned_replies
     return list(zip(hold_out_rows["input_text"], hold_out_tuned_replies, strict=True))
 
 
-def finetuned_model_on_validation_set(
-    validation_rows: pd.DataFrame, validation_tuned_replies: list[str]
-) -> dict[str, list[str]]:
+def finetuned_model_on_validation_set(validation_rows: pd.DataFrame, validation_tuned_replies: list[str]) -> dict[str, list[str]]:
     """The tuned model's replies to the validation prompts, `validation_predictions`, and the file's, `validation_references`."""
     return {
         "validation_predictions": validation_tuned_replies,

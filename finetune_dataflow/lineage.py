@@ -86,7 +86,9 @@ def config_file(run_directory: Path, run_identity: RunIdentity, generation_setti
     return engine.files.write_text(run_directory / "config.yaml", yaml.safe_dump(values, sort_keys=False))
 
 
-def lineage_file(run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, metrics_file: Path) -> Path:
+def lineage_file(
+    run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, metrics_file: Path
+) -> Path:
     """lineage.json: what made this adapter and these scores, by fingerprints, settings and versions."""
     return engine.files.write_json(
         run_directory / engine.run_directory.LINEAGE,

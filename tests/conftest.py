@@ -7,12 +7,13 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may ask a hub
 
-import finetune_dataflow  # noqa: F401 -- before MLX, so that the tests run on the fast matrix products
 import pytest
 
+import finetune_dataflow  # noqa: F401 -- before MLX, so that the tests run on the fast matrix products
 from tests.tiny_model import write_tiny_model
 
-WORDS = "amber birch cedar delta ember flint grove heath ivory jasper karst larch maple north ocean pearl".split()
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath",
+         "ivory", "jasper", "karst", "larch", "maple", "north", "ocean", "pearl")  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -24,9 +25,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def rows() -> list[dict[str, str]]:
     """Sixty different questions with replies in one style."""
-    return [
-        {"question": f"What is {WORDS[n % 16]} {n}?", "reply": f"It is {WORDS[(3 * n + 1) % 16]}."} for n in range(60)
-    ]
+    return [{"question": f"What is {WORDS[n % 16]} {n}?", "reply": f"It is {WORDS[(3 * n + 1) % 16]}."} for n in range(60)]
 
 
 @pytest.fixture(scope="session")

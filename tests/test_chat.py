@@ -18,7 +18,23 @@ def conversation(question: str, reply: str, row: int = 1) -> Conversation:
 
 def test_a_row_is_the_template_then_the_reply_then_the_end_of_turn(encoder: ChatEncoder) -> None:
     columns = encode_conversations(encoder, [conversation("Hi", "Yo")], 64, "error")
-    assert columns.row_ids(0).tolist() == [257, 117, 115, 101, 114, 10, 72, 105, 258, 10, 257, *b"assistant\n", 89, 111, 258]
+    assert columns.row_ids(0).tolist() == [
+        257,
+        117,
+        115,
+        101,
+        114,
+        10,
+        72,
+        105,
+        258,
+        10,
+        257,
+        *b"assistant\n",
+        89,
+        111,
+        258,
+    ]
 
 
 def test_labels_are_the_reply_and_the_end_of_turn_alone(encoder: ChatEncoder) -> None:

@@ -217,9 +217,7 @@ def test_an_unusable_cache_directory_is_the_reason_given(tmp_path: Path) -> None
 
 
 @needs_linux_cpu_mlx
-@pytest.mark.parametrize(
-    ("program", "reason"), [("false", "/false ended with 1"), ("nothing", "No such file or directory: ")]
-)
+@pytest.mark.parametrize(("program", "reason"), [("false", "/false ended with 1"), ("nothing", "No such file or directory: ")])
 def test_a_failing_patchelf_is_the_reason_given_and_leaves_no_file(program: str, reason: str, tmp_path: Path) -> None:
     patchelf = f"from pathlib import Path; cpu_runtime._patchelf_program = lambda _: Path('/bin/{program}')\n"
     assert reason in run(LOAD_LATER + NO_SYSTEM_LIBRARY + patchelf + LOAD, tmp_path)[0]
@@ -274,9 +272,7 @@ def test_macos_needs_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplo
     assert (caplog.records, list(fresh.iterdir())) == ([], [])
 
 
-def test_a_cuda_build_needs_nothing(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cuda_build_needs_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     (fresh / "site" / "mlx_cuda_13-0.32.4.dist-info").mkdir(parents=True)
     monkeypatch.syspath_prepend(fresh / "site")
@@ -352,9 +348,7 @@ def test_each_ingredient_changes_the_name_of_the_copy(tmp_path: Path, monkeypatc
     ],
     ids=["two threads a core", "one core's threads", "one of each", "unknown", "quota", "small quota", "large quota"],
 )
-def test_threads_are_physical_cores_within_affinity_and_quota(
-    cpus: set[int], limit: str, cores: int, tmp_path: Path
-) -> None:
+def test_threads_are_physical_cores_within_affinity_and_quota(cpus: set[int], limit: str, cores: int, tmp_path: Path) -> None:
     for cpu, siblings in enumerate(["0,2", "1,3", "0,2", "1,3"]):
         (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
         (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings + "\n")

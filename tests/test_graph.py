@@ -56,9 +56,7 @@ def test_what_is_saved_and_predicted_comes_after_the_fit(name: str) -> None:
 
 
 def test_the_presaved_graph_has_no_training_node() -> None:
-    assert FIT_NODES.isdisjoint(
-        node.name for node in build_driver("presaved").graph.nodes.values() if not node.user_defined
-    )
+    assert FIT_NODES.isdisjoint(node.name for node in build_driver("presaved").graph.nodes.values() if not node.user_defined)
     assert "run_directory" not in ancestors("presaved", "save_best_models")
 
 

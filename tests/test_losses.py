@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -6,11 +7,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from finetune_dataflow.engine import losses
 from finetune_dataflow.engine.batches import batch, widths
-from finetune_dataflow.engine.losses import losses_by_row, mean_loss, token_losses
+from finetune_dataflow.engine.heads import output_head
+from finetune_dataflow.engine.losses import PLAIN, LossPath, losses_by_row, mean_loss, proven_path, token_losses
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.tokens import EncodedRow, TokenColumns, token_columns
-from finetune_dataflow.engine.training import mean_token_loss
 
 
 @pytest.fixture
@@ -36,19 +38,25 @@ def plain_losses(model: nn.Module, columns: TokenColumns, index: int) -> list[mx
     ]
 
 
+def path_of(kind: str, model: nn.Module) -> LossPath:
+    return PLAIN if kind == "plain" else LossPath(output_head(model), "gathered")
+
+
+@pytest.mark.parametrize("kind", ["plain", "gathered"])
 def test_the_loss_of_a_batch_is_the_mean_over_the_supervised_tokens_of_single_rows(
-    tiny_model: Path, columns: TokenColumns
+    kind: str, tiny_model: Path, columns: TokenColumns
 ) -> None:
     model = load_model(tiny_model)
     single = [loss.item() for index in range(5) for loss in plain_losses(model, columns, index)]
     made = batch(columns, [0, 1, 2, 3, 4], 8, widths(columns.lengths))
-    together = mean_token_loss(model, mx.array(made.inputs), mx.array(made.targets)).item()
+    together = path_of(kind, model).mean_loss(model, made).item()
     assert len(single) == 28
     assert together == pytest.approx(np.mean(single), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["plain", "gathered"])
 def test_the_gradient_of_a_batch_is_that_of_the_plain_loop_over_single_rows(
-    tiny_model: Path, columns: TokenColumns
+    kind: str, tiny_model: Path, columns: TokenColumns
 ) -> None:
     model = load_model(tiny_model)
 
@@ -58,10 +66,13 @@ def test_the_gradient_of_a_batch_is_that_of_the_plain_loop_over_single_rows(
 
     made = batch(columns, [4, 1, 0, 3, 2], 8, widths(columns.lengths))
     _, expected = nn.value_and_grad(model, plain)(model)
-    _, found = nn.value_and_grad(model, mean_token_loss)(model, mx.array(made.inputs), mx.array(made.targets))
-    for (name, one), (_, other) in zip(tree_flatten(expected), tree_flatten(found), strict=True):
-        scale = mx.abs(one).max().item()
-        assert mx.abs(one - other).max().item() <= 1e-5 * max(scale, 1e-3), name
+    _, found = nn.value_and_grad(model, path_of(kind, model).mean_loss)(model, made)
+    wanted, given = (dict(cast(list[tuple[str, mx.array]], tree_flatten(tree))) for tree in (expected, found))
+    assert wanted.keys() == given.keys()
+    for name, one in wanted.items():
+        np.testing.assert_allclose(
+            np.array(given[name]), np.array(one), rtol=0, atol=1e-5 * max(np.abs(one).max(), 1e-3), err_msg=name
+        )
 
 
 def test_padding_is_never_a_target(tiny_model: Path, columns: TokenColumns) -> None:
@@ -80,3 +91,41 @@ def test_the_mean_loss_weighs_rows_by_their_tokens(tiny_model: Path, columns: To
     weighted = by_row["loss"].sum() / 28
     assert mean_loss(load_model(tiny_model), columns, batch_size=3) == pytest.approx(weighted, rel=1e-6)
     assert weighted != pytest.approx((by_row["loss"] / by_row["supervised_tokens"]).mean(), rel=1e-4)
+
+
+def test_the_gathered_path_is_taken_where_it_is_equal_and_leaves_the_model_as_it_was(
+    tiny_model: Path, columns: TokenColumns
+) -> None:
+    model = load_model(tiny_model)
+    made = batch(columns, [0, 1, 2], 4, widths(columns.lengths))
+    head_class, tokens = type(model.model.embed_tokens), mx.array(made.inputs)
+    before = model(tokens)
+    path = proven_path(model, made)
+    assert path.head is not None and "proven equal" in path.reason
+    assert type(model.model.embed_tokens) is head_class and mx.array_equal(model(tokens), before)
+
+
+def test_a_gathered_path_that_differs_is_not_taken(
+    tiny_model: Path, columns: TokenColumns, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One wrong position in a batch is enough to be found out."""
+    made = batch(columns, [0, 1, 2], 4, widths(columns.lengths))
+    gathering = losses.gathering
+    monkeypatch.setattr(
+        losses, "gathering", lambda head, positions: gathering(head, mx.where(positions == positions[0], 0, positions))
+    )
+    path = proven_path(load_model(tiny_model), made)
+    assert path.head is None and "differs by" in path.reason and "on every position" in caplog.text
+
+
+def test_a_model_without_a_known_head_takes_the_plain_path(tiny_model: Path, columns: TokenColumns) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside = load_model(tiny_model)
+
+        def __call__(self, tokens: mx.array) -> mx.array:
+            return self.inside(tokens)
+
+    path = proven_path(Wrapped(), batch(columns, [0], 1, widths(columns.lengths)))
+    assert path.head is None and "was not found" in path.reason

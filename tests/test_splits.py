@@ -39,9 +39,7 @@ def test_sizes_are_near_their_shares() -> None:
 
 
 def test_a_larger_training_share_only_adds_rows_to_the_training_set() -> None:
-    small, large = (
-        sides(questions(300), SplitSettings(42, share, 0.1)) for share in (0.6, 0.8)
-    )
+    small, large = (sides(questions(300), SplitSettings(42, share, 0.1)) for share in (0.6, 0.8))
     assert (large[small == "train"] == "train").all()
 
 

@@ -9,8 +9,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.utils import load
 
-from finetune_dataflow.engine import batches, training
+from finetune_dataflow.engine import training
 from finetune_dataflow.engine.adapters import check_adapter
+from finetune_dataflow.engine.batches import Batch
 from finetune_dataflow.engine.losses import mean_loss
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.settings import FitSettings
@@ -60,14 +61,15 @@ def test_every_row_is_trained_once_an_epoch(
     tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: Counter[int] = Counter()
+    update = training._Fit._update
 
-    def counting(columns: TokenColumns, indices: list[int], *rest: object) -> batches.Batch:
-        used.update(columns.rows[indices].tolist())
-        return batches.batch(columns, indices, *rest)  # type: ignore[arg-type]  # passed on as it came
+    def counting(fit: training._Fit, step: int, current: Batch) -> float:
+        used.update(train.rows[list(current.indices)].tolist())
+        return update(fit, step, current)
 
-    monkeypatch.setattr(training, "batch", counting)
+    monkeypatch.setattr(training._Fit, "_update", counting)
     summary = training.fit(tiny_model, train, validation, SETTINGS, tmp_path, {})
-    assert used == {row: 3 for row in range(1, 23)}
+    assert used == dict.fromkeys(range(1, 23), 3)
     assert summary.steps == 18 and summary.trained_tokens == 3 * 22 * 7 and summary.supervised_tokens == 3 * 22 * 4
 
 
@@ -128,7 +130,7 @@ def test_mlx_lm_loads_the_adapter_unchanged(
     tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path
 ) -> None:
     training.fit(tiny_model, train, validation, SETTINGS, tmp_path, {"model": str(tiny_model)})
-    theirs, _ = load(str(tiny_model), adapter_path=str(tmp_path / "adapters"))
+    theirs = load(str(tiny_model), adapter_path=str(tmp_path / "adapters"))[0]
     ours = load_model(tiny_model, tmp_path / "adapters")
     tokens = mx.array([train.row_ids(0).tolist()])
     assert mx.array_equal(theirs(tokens), ours(tokens))

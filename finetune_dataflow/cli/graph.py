@@ -14,7 +14,9 @@ from finetune_dataflow.start import STARTS
 def dot_source(start: str) -> str:
     """The graph that `start` names in Graphviz's DOT language, the same on every call."""
     picture = build_driver(start).display_all_functions(
-        deduplicate_inputs=True, show_legend=False, graphviz_kwargs={"graph_attr": {"ranksep": "0.4", "nodesep": "0.15"}}
+        deduplicate_inputs=True,
+        show_legend=False,
+        graphviz_kwargs={"graph_attr": {"ranksep": "0.4", "nodesep": "0.15"}},
     )
     return engine.drawing.stable(picture.source)
 

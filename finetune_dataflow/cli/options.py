@@ -100,9 +100,7 @@ def parse(arguments: Sequence[str]) -> Options:
     missing = [each.name for each in known.values() if each.default is REQUIRED and each.name not in inputs]
     if missing and not problems:
         problems.append(
-            "Missing: "
-            + "; ".join(f"--{name.replace('_', '-')} ({known[name].meaning.rstrip('.')})" for name in missing)
-            + "."
+            "Missing: " + "; ".join(f"--{name.replace('_', '-')} ({known[name].meaning.rstrip('.')})" for name in missing) + "."
         )
     if problems:
         raise UserError("\n".join(problems))

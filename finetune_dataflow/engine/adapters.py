@@ -28,7 +28,9 @@ def add_lora_layers(model: nn.Module, settings: FitSettings) -> None:
     """
     blocks = len(model.layers)
     if settings.num_layers > blocks:
-        raise UserError(f"num_layers={settings.num_layers} is out of range. Expected at most {blocks}, the model's layers, or -1.")
+        raise UserError(
+            f"num_layers={settings.num_layers} is out of range. Expected at most {blocks}, the model's layers, or -1."
+        )
     model.freeze()
     with seeded(settings.random_state):
         linear_to_lora_layers(model, adapted_layers(settings, blocks), lora_parameters(settings))
@@ -61,7 +63,9 @@ def save_config(directory: Path, config: dict[str, Any]) -> Path:
 def check_adapter(adapter_path: Path) -> dict[str, Any]:
     """The adapter's config; UserError where the directory, its config or its weights are missing or unreadable."""
     if not adapter_path.is_dir():
-        raise UserError(f"adapter_path={str(adapter_path)!r}: there is no such directory. Expected one with {WEIGHTS} and {CONFIG}.")
+        raise UserError(
+            f"adapter_path={str(adapter_path)!r}: there is no such directory. Expected one with {WEIGHTS} and {CONFIG}."
+        )
     missing = [name for name in (WEIGHTS, CONFIG) if not (adapter_path / name).is_file()]
     if missing:
         inside = adapter_path / "adapters"

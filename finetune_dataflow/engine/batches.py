@@ -12,6 +12,7 @@ from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
 
 SHAPES = 6  # the most widths that one set of rows is padded to
 STEP = 8  # widths are multiples of this
+CAPACITY_STEP = 32  # the number of gathered targets is a multiple of this
 WINDOW = 16  # batches whose rows are sorted by length together
 
 
@@ -22,11 +23,15 @@ class Batch:
     indices: the rows' places in the token columns, at most `batch_size` of them.
     inputs: int32 [batch_size, width]; zero where padded.
     targets: int32 [batch_size, width]; the next token's label, -100 where it is not learned or padded.
+    positions: int32 [capacity]; the supervised targets' places in the flattened batch, filled up with 0.
+    labels: int32 [capacity]; their labels, filled up with -100.
     """
 
     indices: tuple[int, ...]
     inputs: NDArray[np.int32]
     targets: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    labels: NDArray[np.int32]
 
     @property
     def supervised(self) -> int:
@@ -50,7 +55,12 @@ def batch(columns: TokenColumns, indices: Sequence[int], batch_size: int, ladder
         ids, labels = columns.row_ids(index), columns.row_labels(index)
         inputs[line, : len(ids) - 1] = ids[:-1]
         targets[line, : len(ids) - 1] = labels[1:]
-    return Batch(tuple(int(index) for index in indices), inputs, targets)
+    supervised = np.flatnonzero(targets != IGNORED)
+    capacity = max(-(-len(supervised) // CAPACITY_STEP), 1) * CAPACITY_STEP
+    positions, gathered = np.zeros(capacity, np.int32), np.full(capacity, IGNORED, np.int32)
+    positions[: len(supervised)] = supervised
+    gathered[: len(supervised)] = targets.reshape(-1)[supervised]
+    return Batch(tuple(int(index) for index in indices), inputs, targets, positions, gathered)
 
 
 def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch: int) -> list[list[int]]:
@@ -64,9 +74,7 @@ def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch
     by_length = [
         index
         for start in range(0, len(shuffled), WINDOW * batch_size)
-        for index in sorted(
-            shuffled[start : start + WINDOW * batch_size].tolist(), key=lambda each: int(columns.lengths[each])
-        )
+        for index in sorted(shuffled[start : start + WINDOW * batch_size].tolist(), key=lambda each: int(columns.lengths[each]))
     ]
     cut = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     return [cut[place] for place in generator.permutation(len(cut))]

@@ -83,11 +83,11 @@ class ChatEncoder:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of some tokens, control tokens included."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def reply_text(self, token_ids: Sequence[int]) -> str:
         """The text of a generated reply, control tokens left out, outer white space removed."""
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a prompt, up to where the assistant's reply begins: what training masks and generation is fed."""
@@ -100,9 +100,7 @@ class ChatEncoder:
             found.append(match.group())
             return f"{marker}{len(found) - 1}{marker}"
 
-        protected = [
-            {**message, "content": self._control.sub(placeholder, message["content"])} for message in messages
-        ]
+        protected = [{**message, "content": self._control.sub(placeholder, message["content"])} for message in messages]
         rendered = self._rendered(protected, add_generation_prompt=True)
         restore = re.compile(f"{marker}([0-9]+){marker}")
         ids: list[int] = []
@@ -134,12 +132,13 @@ class ChatEncoder:
 
     def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
+            rendered = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except jinja2.TemplateError as error:
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(f"The tokenizer's chat template refuses a conversation of {roles}: {error}") from error
+        return str(rendered)
 
     def _end_of_turn_ids(self) -> list[int]:
         """What the template writes after a reply, up to and including the first end-of-turn token."""

@@ -28,8 +28,7 @@ def comparison(
 ) -> dict[str, dict[str, Any]]:
     """`base` and `finetuned` scores, and `difference`: tuned minus base, paired by row, mean with a 95 % interval."""
     difference = {
-        name: asdict(weighted_mean_interval((tuned_rouge[name] - base_rouge[name]).to_numpy(np.float64)))
-        for name in ROUGE_TYPES
+        name: asdict(weighted_mean_interval((tuned_rouge[name] - base_rouge[name]).to_numpy(np.float64))) for name in ROUGE_TYPES
     }
     weights = tuned_losses["supervised_tokens"].to_numpy(np.float64)
     by_token = ((tuned_losses["loss"] - base_losses["loss"]) / weights).to_numpy(np.float64)

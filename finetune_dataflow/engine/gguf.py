@@ -211,10 +211,7 @@ def _write_weights(reader: GGUFReader, metadata: _Metadata, gguf_path: Path, pat
 
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in _OUTSIDE_LAYERS.items()}
     for layer in range(metadata.layers):
-        names |= {
-            f"blk.{layer}.{ours}.weight": f"model.layers.{layer}.{theirs}.weight"
-            for ours, theirs in _IN_A_LAYER.items()
-        }
+        names |= {f"blk.{layer}.{ours}.weight": f"model.layers.{layer}.{theirs}.weight" for ours, theirs in _IN_A_LAYER.items()}
     found = {tensor.name for tensor in reader.tensors}
     # Without output.weight the output head is the embedding (tied).
     missing, unknown = sorted(names.keys() - found - {"output.weight"}), sorted(found - names.keys())

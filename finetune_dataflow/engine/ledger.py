@@ -16,9 +16,7 @@ def row_ledger(rows: pd.Series, sets: Mapping[str, tuple[pd.Series, TokenColumns
     for name, (_, tokens) in sets.items():
         prompts = tokens.prompt_lengths.tolist()
         replies = (tokens.lengths - tokens.prompt_lengths).tolist()
-        for row, prompt, reply, cut in zip(
-            tokens.rows.tolist(), prompts, replies, tokens.truncated.tolist(), strict=True
-        ):
+        for row, prompt, reply, cut in zip(tokens.rows.tolist(), prompts, replies, tokens.truncated.tolist(), strict=True):
             entries.append((row, name, "used", "", cut, prompt, reply))
         entries += [(each.row, name, "dropped", each.reason, False, 0, 0) for each in tokens.dropped]
     columns = ["row", "set", "status", "reason", "truncated", "prompt_tokens", "reply_tokens"]

@@ -47,7 +47,14 @@ def check_model_directory(directory: Path) -> None:
         raise UserError(f"The model directory {directory} has no config.json. Expected a Hugging Face or MLX model.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{directory / 'config.json'} is not JSON: {error}") from error
-    if config.get("is_encoder_decoder") or config.get("model_type") in {"t5", "mt5", "umt5", "bart", "mbart", "pegasus"}:
+    if config.get("is_encoder_decoder") or config.get("model_type") in {
+        "t5",
+        "mt5",
+        "umt5",
+        "bart",
+        "mbart",
+        "pegasus",
+    }:
         raise UserError(
             f"The model in {directory} is an encoder-decoder model ({config.get('model_type')}), which is not supported. "
             "Use a decoder-only instruction-tuned model, such as smollm2-135m-instruct, and name it in model_id."
@@ -74,9 +81,7 @@ def _converted(gguf: Path) -> Path:
     from finetune_dataflow.engine.gguf import CONVERTER_VERSION, convert_gguf, is_whole
 
     if gguf.suffix.lower() != ".gguf":
-        raise UserError(
-            f"model_id={str(gguf)!r} is a file, but not a .gguf file. Expected a model directory or a .gguf file."
-        )
+        raise UserError(f"model_id={str(gguf)!r} is a file, but not a .gguf file. Expected a model directory or a .gguf file.")
     with gguf.open("rb") as handle:
         content = hashlib.file_digest(handle, "sha256").hexdigest()
     directory = user_cache_directory() / "models" / f"{gguf.stem}-{content[:12]}-{CONVERTER_VERSION}"

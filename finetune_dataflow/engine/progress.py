@@ -21,7 +21,7 @@ class Bar:
     def __init__(self, total: int, description: str) -> None:
         """Start at none of `total` steps."""
         self._total, self._description = total, description
-        self._done, self._figures = 0, ""
+        self._done, self._said_done, self._figures = 0, 0, ""
         self._started = self._said = time.monotonic()
         interactive = sys.stderr.isatty()
         self._bar = tqdm(total=total, desc=description, leave=True, dynamic_ncols=True) if interactive else None
@@ -40,11 +40,11 @@ class Bar:
         """Leave the last state on the screen."""
         if self._bar is not None:
             self._bar.close()
-        else:
+        elif self._said_done < self._done:
             self._say()
 
     def _say(self) -> None:
-        self._said = time.monotonic()
+        self._said, self._said_done = time.monotonic(), self._done
         spent = self._said - self._started
         left = spent / max(self._done, 1) * (self._total - self._done)
         figures = f", {self._figures}" if self._figures else ""

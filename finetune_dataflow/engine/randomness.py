@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed MLX's generator for the block, then put it back as it was: nothing outside notices that numbers were drawn."""
-    high, low = (int(each) for each in mx.random.state[0].tolist())
+    high, low = (int(each) for each in np.array(mx.random.state[0]))  # type: ignore[index]  # a list, whatever its stub says
     mx.random.seed(seed)
     try:
         yield

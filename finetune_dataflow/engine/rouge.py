@@ -54,7 +54,5 @@ class Rouge(evaluate.Metric):
 def rouge_by_row(predictions: Sequence[str], references: Sequence[str]) -> pd.DataFrame:
     """The f-measures of each prediction, in [0, 1], with Porter stemming; columns rouge1, rouge2, rougeL, rougeLsum."""
     metric = Rouge(keep_in_memory=True)
-    rows = metric.compute(
-        predictions=list(predictions), references=list(references), use_aggregator=False, use_stemmer=True
-    )
+    rows = metric.compute(predictions=list(predictions), references=list(references), use_aggregator=False, use_stemmer=True)
     return pd.DataFrame(rows, columns=list(ROUGE_TYPES))

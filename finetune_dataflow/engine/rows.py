@@ -65,9 +65,7 @@ def text_pairs(path: Path, rows: list[Row], input_text_key: str, output_text_key
         if not_text:
             found = _kind(next(value[key] for number, value in objects if number == not_text[0]))
             problems.append(f"{key!r} must be text; found {found} in {_rows_named(not_text)}.")
-        empty = [
-            number for number, value in objects if isinstance(value.get(key), str) and not value[key].strip()
-        ]
+        empty = [number for number, value in objects if isinstance(value.get(key), str) and not value[key].strip()]
         if empty:
             problems.append(f"{key!r} is empty in {_rows_named(empty)}.")
     if problems:

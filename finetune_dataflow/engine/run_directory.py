@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import finetune_dataflow
 from finetune_dataflow.engine import files
 from finetune_dataflow.errors import UserError
 
@@ -132,5 +133,9 @@ def _short(value: object) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a result depends on."""
-    packages = ("finetune-dataflow", "mlx", "mlx-lm", "apache-hamilton", "transformers", "tokenizers", "rouge-score")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+    packages = ("mlx", "mlx-lm", "apache-hamilton", "transformers", "tokenizers", "rouge-score")
+    return {
+        "finetune-dataflow": finetune_dataflow.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in packages},
+    }

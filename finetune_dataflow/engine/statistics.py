@@ -24,9 +24,7 @@ class Interval:
     high: float
 
 
-def weighted_mean_interval(
-    values: NDArray[np.float64], weights: NDArray[np.float64] | None = None, seed: int = 0
-) -> Interval:
+def weighted_mean_interval(values: NDArray[np.float64], weights: NDArray[np.float64] | None = None, seed: int = 0) -> Interval:
     """The mean of paired differences [n], weighted where weights [n] are given, with its 95 % BCa interval over rows.
 
     With fewer than two rows, or with all values equal, the interval is the mean itself.

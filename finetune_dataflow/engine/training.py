@@ -20,12 +20,12 @@ import mlx.optimizers as optimizers
 
 from finetune_dataflow.engine import adapters, memory
 from finetune_dataflow.engine.batches import Batch, batch, epoch_order, widths
-from finetune_dataflow.engine.losses import mean_loss, token_losses
+from finetune_dataflow.engine.losses import mean_loss, proven_path
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.engine.randomness import seeded
 from finetune_dataflow.engine.settings import FitSettings
-from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
+from finetune_dataflow.engine.tokens import TokenColumns
 from finetune_dataflow.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class FitSummary:
     peak_memory_bytes: int
     device: str
     shapes: int
+    loss_path: str
 
 
 def total_steps(rows: int, settings: FitSettings) -> int:
@@ -66,11 +67,6 @@ def learning_rate(step: int, steps: int, settings: FitSettings) -> float:
         return settings.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(steps - warmup, 1)
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def mean_token_loss(model: nn.Module, inputs: mx.array, targets: mx.array) -> mx.array:
-    """The mean loss over the supervised targets of one update, in nats: what the fit descends."""
-    return token_losses(model, inputs, targets).sum() / (targets != IGNORED).sum()
 
 
 def fit(
@@ -120,7 +116,9 @@ class _Fit:
         self.steps = total_steps(len(train), settings)
         self.per_epoch = math.ceil(len(train) / settings.batch_size)
         self.optimizer = optimizers.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
-        self.loss_and_gradient = nn.value_and_grad(model, mean_token_loss)
+        model.eval()  # dropout would make the two paths differ
+        self.path = proven_path(model, next(self._batches()))
+        self.loss_and_gradient = nn.value_and_grad(model, self.path.mean_loss)
         self.best_loss, self.best_step = math.inf, 0
 
     def run(self) -> FitSummary:
@@ -147,8 +145,13 @@ class _Fit:
             rate = tokens / busy
             bar.advance(loss=f"{loss:.3f}", validation=f"{self.best_loss:.3f}", speed=f"{rate:.0f} tokens/s")
             _record(
-                self.history, event="train", step=step + 1, loss=loss, tokens_per_second=round(rate, 1),
-                learning_rate=learning_rate(step, self.steps, self.settings), supervised_tokens=supervised,
+                self.history,
+                event="train",
+                step=step + 1,
+                loss=loss,
+                tokens_per_second=round(rate, 1),
+                learning_rate=learning_rate(step, self.steps, self.settings),
+                supervised_tokens=supervised,
             )
             if self._validation_due(step + 1):
                 self._validate(step + 1)
@@ -165,6 +168,7 @@ class _Fit:
             peak_memory_bytes=memory.peak_bytes(),
             device=str(mx.default_device().type).rpartition(".")[2],
             shapes=len(shapes),
+            loss_path=self.path.reason,
         )
 
     def _batches(self) -> Iterator[Batch]:
@@ -179,7 +183,7 @@ class _Fit:
         self.optimizer.learning_rate = learning_rate(step, self.steps, self.settings)
         # Seeded by the step, so that dropout does not depend on what was drawn before.
         with seeded(self.settings.random_state * 1_000_003 + step):
-            loss, gradient = self.loss_and_gradient(self.model, mx.array(current.inputs), mx.array(current.targets))
+            loss, gradient = self.loss_and_gradient(self.model, current)
         value = loss.item()
         if not math.isfinite(value):
             rows = ", ".join(str(self.train.rows[index]) for index in current.indices)
@@ -197,7 +201,7 @@ class _Fit:
         return place in due or done == self.steps
 
     def _validate(self, step: int) -> float:
-        loss = mean_loss(self.model, self.validation, self.settings.batch_size)
+        loss = mean_loss(self.model, self.validation, self.settings.batch_size, self.path)
         self.model.train()
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, step
