@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ from finetune_dataflow.engine.tokens import TokenColumns
 
 if TYPE_CHECKING:
     from finetune_dataflow.engine.training import FitSummary
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,8 @@ def finished_fit__base(
     with engine.files.locked(directory):
         summary = engine.run_directory.finished_fit(directory)
         if summary is None:
+            if (directory / engine.run_directory.HISTORY).exists():
+                logger.warning("The fit in %s was not finished. It starts again from the first update.", directory)
             summary = engine.training.fit(
                 base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes
             )
