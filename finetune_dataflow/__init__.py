@@ -18,6 +18,7 @@ from finetune_dataflow.base_model import base_model_fingerprint, base_model_name
 from finetune_dataflow.tokenization import row_ledger, set_tokens, tokenization_settings
 from finetune_dataflow.lineage import (
     config_file,
+    evaluation_identity,
     lineage_file,
     preparation_settings,
     run_directory__presaved,
@@ -48,6 +49,8 @@ from finetune_dataflow.evaluation import (
     rouge,
     run_metrics__base,
     run_metrics__presaved,
+    seen_rows__base,
+    seen_rows__presaved,
     training_and_validation_set_metrics__base,
     training_and_validation_set_metrics__presaved,
     tuned_losses,

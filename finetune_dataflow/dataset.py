@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
 from finetune_dataflow import engine
+from finetune_dataflow.errors import UserError
 from finetune_dataflow.start import checked_start
 
 
@@ -29,6 +29,8 @@ def data_source(data_path: str, input_text_key: str, output_text_key: str) -> Da
         input_text_key: The key of the text that the model is given.
         output_text_key: The key of the text that the model learns to reply.
     """
+    if input_text_key == output_text_key:
+        raise UserError(f"input_text_key and output_text_key are both {input_text_key!r}. Expected two different keys.")
     return DataSource(data_path, input_text_key, output_text_key)
 
 
@@ -37,7 +39,7 @@ def records(data_source: DataSource) -> pd.DataFrame:
 
     Raises UserError naming the file and the rows that are no objects, lack a key, or hold no text under it.
     """
-    path = Path(data_source.data_path).expanduser()
+    path = engine.files.user_path(data_source.data_path)
     pairs = engine.rows.text_pairs(path, engine.rows.read_rows(path), data_source.input_text_key, data_source.output_text_key)
     return pd.DataFrame(pairs, columns=["row", "input_text", "output_text"])
 

@@ -92,9 +92,23 @@ def comparison(
     return engine.comparison.comparison(base_losses, tuned_losses, base_rouge, tuned_rouge)
 
 
-def verdict(hold_out_comparison: dict[str, dict[str, Any]], hold_out_tokens: TokenColumns) -> str:
+@config.when(start="base")
+def seen_rows__base(train_set: pd.DataFrame, validation_set: pd.DataFrame, hold_out_set: pd.DataFrame) -> int | None:
+    """How many hold-out rows have an input that the fit used; 0 by the split, unless a set was overridden."""
+    used = engine.splitting.identities([*train_set["input_text"], *validation_set["input_text"]])
+    return engine.splitting.seen(hold_out_set["input_text"], used)
+
+
+@config.when(start="presaved")
+def seen_rows__presaved(evaluated_adapter: Path, hold_out_set: pd.DataFrame) -> int | None:
+    """How many hold-out rows have an input that the adapter's fit used; None where the adapter does not say."""
+    used = engine.adapters.used_inputs(evaluated_adapter)
+    return None if used is None else engine.splitting.seen(hold_out_set["input_text"], used)
+
+
+def verdict(hold_out_comparison: dict[str, dict[str, Any]], hold_out_tokens: TokenColumns, seen_rows: int | None) -> str:
     """One sentence: whether the tuned model is better than the base on rows it never saw, worse, or not clearly either."""
-    return engine.comparison.verdict(hold_out_comparison["difference"]["rougeL"], len(hold_out_tokens))
+    return engine.comparison.verdict(hold_out_comparison["difference"]["rougeL"], len(hold_out_tokens), seen_rows)
 
 
 def hold_out_predictions(
@@ -124,10 +138,13 @@ def run_metrics__base(
     validation_comparison: dict[str, dict[str, Any]],
     verdict: str,
     row_ledger: pd.DataFrame,
+    evaluation_identity: dict[str, Any],
     finished_fit: FinishedFit,
 ) -> dict[str, Any]:
     """The content of metrics.json: scores of base and tuned model, the verdict, and what the fit took."""
-    return engine.comparison.run_metrics(hold_out_comparison, validation_comparison, verdict, row_ledger, finished_fit.summary)
+    return engine.comparison.run_metrics(
+        hold_out_comparison, validation_comparison, verdict, row_ledger, evaluation_identity, finished_fit.summary
+    )
 
 
 @config.when(start="presaved")
@@ -136,6 +153,9 @@ def run_metrics__presaved(
     validation_comparison: dict[str, dict[str, Any]],
     verdict: str,
     row_ledger: pd.DataFrame,
+    evaluation_identity: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of metrics.json: scores of base and tuned model, and the verdict; no fit was made."""
-    return engine.comparison.run_metrics(hold_out_comparison, validation_comparison, verdict, row_ledger, None)
+    return engine.comparison.run_metrics(
+        hold_out_comparison, validation_comparison, verdict, row_ledger, evaluation_identity, None
+    )

@@ -13,15 +13,21 @@ from finetune_dataflow import engine
 
 def row_ledger_file(run_directory: Path, row_ledger: pd.DataFrame) -> Path:
     """row_ledger.jsonl: every row of the data file and what became of it, a line each."""
-    return engine.files.write_json_lines(run_directory / "row_ledger.jsonl", row_ledger.to_dict("records"))
+    text = engine.files.json_lines(row_ledger.to_dict("records"))
+    metrics = run_directory / engine.run_directory.METRICS
+    return engine.files.write_if_changed(run_directory / "row_ledger.jsonl", text, invalidated=metrics)
 
 
 def predictions_file(run_directory: Path, hold_out_predictions: pd.DataFrame) -> Path:
     """predictions.jsonl: every hold-out row with the reference and both replies, a line each."""
-    return engine.files.write_json_lines(run_directory / "predictions.jsonl", hold_out_predictions.to_dict("records"))
+    text = engine.files.json_lines(hold_out_predictions.to_dict("records"))
+    metrics = run_directory / engine.run_directory.METRICS
+    return engine.files.write_if_changed(run_directory / "predictions.jsonl", text, invalidated=metrics)
 
 
-def metrics_file(run_directory: Path, run_metrics: dict[str, Any], predictions_file: Path, row_ledger_file: Path) -> Path:
+def metrics_file(
+    run_directory: Path, run_metrics: dict[str, Any], predictions_file: Path, row_ledger_file: Path, config_file: Path
+) -> Path:
     """metrics.json: the scores of base and tuned model. Written last, so that its presence says the run is whole."""
     return engine.files.write_json(run_directory / engine.run_directory.METRICS, run_metrics)
 

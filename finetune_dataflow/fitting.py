@@ -80,6 +80,8 @@ def finished_fit__base(
     validation_tokens: TokenColumns,
     fit_settings: FitSettings,
     run_identity: RunIdentity,
+    train_set: pd.DataFrame,
+    validation_set: pd.DataFrame,
     output_dir: str = "",
 ) -> FinishedFit:
     """The fit, done: its adapter stands in the run directory. A directory with the same fit finished is taken as it is.
@@ -89,14 +91,14 @@ def finished_fit__base(
 
     Raises UserError where the directory holds another run, or is in use by one.
     """
-    directory = engine.run_directory.claimed(output_dir, run_identity)
-    with engine.files.locked(directory):
+    used = engine.splitting.identities([*train_set["input_text"], *validation_set["input_text"]])
+    with engine.run_directory.held(output_dir, run_identity) as directory:
         summary = engine.run_directory.finished_fit(directory)
         if summary is None:
             if (directory / engine.run_directory.HISTORY).exists():
                 logger.warning("The fit in %s was not finished. It starts again from the first update.", directory)
             summary = engine.training.fit(
-                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes
+                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes, used
             )
     return FinishedFit(directory, summary)
 
@@ -120,16 +122,16 @@ def evaluated_adapter__base(adapter_path: Path) -> Path:
 
 
 @config.when(start="presaved")
-def evaluated_adapter__presaved(adapter_path: str) -> Path:
+def evaluated_adapter__presaved(adapter_path: str, base_model_fingerprint: str) -> Path:
     """The directory of the adapter that is evaluated: the one that was given.
 
     Inputs:
         adapter_path: The directory of the adapter to evaluate, in mlx-lm's layout.
 
-    Raises UserError where it holds no adapter.
+    Raises UserError where it holds no adapter, or one of another base model.
     """
-    directory = Path(adapter_path).expanduser()
-    engine.adapters.check_adapter(directory)
+    directory = engine.files.user_path(adapter_path)
+    engine.adapters.check_base_model(directory, base_model_fingerprint)
     return directory
 
 

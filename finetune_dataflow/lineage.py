@@ -19,6 +19,7 @@ from finetune_dataflow.engine.settings import (
     SplitSettings,
     TokenizationSettings,
 )
+from finetune_dataflow.engine.tokens import TokenColumns
 
 
 def preparation_settings(
@@ -37,16 +38,21 @@ def preparation_settings(
 def run_identity__base(
     preparation_settings: dict[str, Any],
     fit_settings: FitSettings,
-    dataset_fingerprint: str,
     base_model_fingerprint: str,
+    train_tokens: TokenColumns,
+    validation_tokens: TokenColumns,
 ) -> RunIdentity:
-    """What makes a fit this fit and no other: its settings, and the fingerprints of data and base model.
+    """What makes a fit this fit and no other: its settings, and the fingerprints of what it is given.
 
     Generation is not part of it: the same adapter may be evaluated again with other settings.
     """
     return engine.run_directory.run_identity(
         {**preparation_settings, **asdict(fit_settings)},
-        {"dataset": dataset_fingerprint, "base_model": base_model_fingerprint},
+        {
+            "base_model": base_model_fingerprint,
+            "train_set": train_tokens.fingerprint(),
+            "validation_set": validation_tokens.fingerprint(),
+        },
     )
 
 
@@ -77,24 +83,49 @@ def run_directory__presaved(run_identity: RunIdentity, output_dir: str = "") -> 
 
     Raises UserError where the directory holds another run.
     """
-    return engine.run_directory.claimed(output_dir, run_identity)
+    with engine.run_directory.held(output_dir, run_identity) as directory:
+        return directory
 
 
-def config_file(run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings) -> Path:
+def evaluation_identity(
+    generation_settings: GenerationSettings, validation_tokens: TokenColumns, hold_out_tokens: TokenColumns
+) -> dict[str, Any]:
+    """What makes an evaluation this one and no other: how replies are generated, and the rows that are answered."""
+    return {
+        **asdict(generation_settings),
+        "validation_set": validation_tokens.fingerprint(),
+        "hold_out_set": hold_out_tokens.fingerprint(),
+    }
+
+
+def config_file(
+    run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, evaluated_adapter: Path
+) -> Path:
     """config.yaml: every input of the run with its value, defaults included, as `-c` takes it."""
-    values = {**run_identity.names, **run_identity.settings, **asdict(generation_settings)}
-    return engine.files.write_text(run_directory / "config.yaml", yaml.safe_dump(values, sort_keys=False))
+    presaved = "adapter" in run_identity.fingerprints
+    start = {"start": "presaved", "adapter_path": str(evaluated_adapter)} if presaved else {"start": "base"}
+    values = {**start, **run_identity.names, **run_identity.settings, **asdict(generation_settings)}
+    return engine.files.write_if_changed(
+        run_directory / "config.yaml",
+        yaml.safe_dump(values, sort_keys=False),
+        invalidated=run_directory / engine.run_directory.METRICS,
+    )
 
 
 def lineage_file(
-    run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, metrics_file: Path
+    run_directory: Path,
+    run_identity: RunIdentity,
+    evaluation_identity: dict[str, Any],
+    dataset_fingerprint: str,
+    metrics_file: Path,
 ) -> Path:
     """lineage.json: what made this adapter and these scores, by fingerprints, settings and versions."""
     return engine.files.write_json(
         run_directory / engine.run_directory.LINEAGE,
         {
             **asdict(run_identity),
-            "evaluation": asdict(generation_settings),
+            "dataset": dataset_fingerprint,
+            "evaluation": evaluation_identity,
             "scores": engine.files.content_fingerprint([metrics_file]),
             "versions": engine.run_directory.versions(),
         },

@@ -11,6 +11,7 @@ from finetune_dataflow import engine
 from finetune_dataflow.engine.chat import Conversation
 from finetune_dataflow.engine.settings import TokenizationSettings
 from finetune_dataflow.engine.tokens import TokenColumns
+from finetune_dataflow.errors import UserError
 
 
 def tokenization_settings(max_seq_length: int = 512, long_rows: str = "truncate_prompt") -> TokenizationSettings:
@@ -38,7 +39,13 @@ def set_tokens(
     """
     encoder = engine.chat.load_encoder(base_model_path)
     settings = tokenization_settings
-    return engine.chat.encode_conversations(encoder, conversations, settings.max_seq_length, settings.long_rows)
+    tokens = engine.chat.encode_conversations(encoder, conversations, settings.max_seq_length, settings.long_rows)
+    if len(tokens) == 0:
+        raise UserError(
+            f"All {len(conversations)} rows of a set are longer than max_seq_length={settings.max_seq_length} tokens, "
+            "prompt and reply together. Raise max_seq_length."
+        )
+    return tokens
 
 
 def row_ledger(

@@ -1,15 +1,19 @@
 """What a user sees: exit code and message, from bad input to a finished run."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import mlx.core as mx
 import pytest
 
-from finetune_dataflow.cli import main
+from finetune_dataflow.cli import main, options
+from finetune_dataflow.engine import files
 from tests.tiny_model import write_tiny_model
 
 REPOSITORY = Path(__file__).parent.parent
@@ -60,6 +64,8 @@ BAD_FILES = {
         "'reply' must be text; found a number in rows 1, 2",
     ),
     "deep.json": (b"[" * 200_000, "nested too deeply"),
+    "surrogate.json": (b'[{"question": "\\ud800", "reply": "b"}]', "half a character"),
+    "digits.json": (b'[{"question": "a", "reply": ' + b"1" * 5000 + b"}]", "not readable as JSON"),
     "few.json": (
         b'[{"question": "a", "reply": "b"}, {"question": "c", "reply": "d"}]',
         "2 rows (2 different inputs) leave",
@@ -92,6 +98,15 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "unknown by set": (["--set", "epoch=3"], "Did you mean 'epochs'?"),
     "set without value": (["--set", "epochs"], "expected name=value"),
     "without value": (["--epochs"], "--epochs needs a value"),
+    "a path that is none": (["--data", "~nosuchuser/x.json"], "'~nosuchuser/x.json' is not a path"),
+    "a name too long": (["--data-path", "x" * 5000], "is not a path"),
+    "a seed below zero": (["--seed", "-1"], "random_state=-1 is out of range"),
+    "a seed too large": (["--seed", "100000000000000000"], "random_state=100000000000000000 is out of range"),
+    "a share of nothing": (["--train-size", "1e-320"], "train_size=1e-320 is out of range"),
+    "one key twice": (["--output-text-key", "question"], "are both 'question'"),
+    "nothing fits": (["--max-seq-length", "8"], "rows of a set are longer than max_seq_length=8"),
+    "no hub name": (["--model-id", "a/b--c"], "model_id='a/b--c': there is no such directory here"),
+    "start twice": (["--start", "base", "--start", "presaved"], "--start is given twice"),
     "a stray word": (["3"], "'3' was not expected"),
     "wrong type": (["--batch-size", "four"], "batch_size='four': expected a whole number"),
     "a fraction for a whole number": (["--batch-size", "1.5"], "batch_size='1.5': expected a whole number"),
@@ -118,7 +133,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_a_bad_option_is_named_with_what_is_expected(name: str, good: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
     extra, expected = BAD_OPTIONS[name]
-    named = {word.lstrip("-").replace("-", "_") for word in extra}
+    named = {options.ALIASES.get(name, name) for name in (word.lstrip("-").replace("-", "_") for word in extra)}
     error = failing([*words({k: v for k, v in good.items() if k not in named}), *extra], capsys)
     assert expected in error
     if name != "num_layers":  # the model is looked at when the fit begins
@@ -154,6 +169,8 @@ def broken_models(directory: Path) -> dict[str, tuple[Path, str]]:
         return change
 
     return {
+        "settings that are a list": (of("g", lambda made: (made / "config.json").write_text("[1]")), "holds no settings"),
+        "no heads": (of("h", settings({"num_attention_heads": 0})), "cannot be loaded"),
         "no weights": (of("a", lambda made: (made / "model.safetensors").unlink()), "has no weights"),
         "no config": (of("b", lambda made: (made / "config.json").unlink()), "has no config.json"),
         "an encoder-decoder": (of("c", settings({"model_type": "t5", "is_encoder_decoder": True})), "encoder-decoder model (t5)"),
@@ -168,7 +185,16 @@ def broken_models(directory: Path) -> dict[str, tuple[Path, str]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["no weights", "no config", "an encoder-decoder", "an unknown architecture", "weights cut short", "no tokenizer"],
+    [
+        "settings that are a list",
+        "no heads",
+        "no weights",
+        "no config",
+        "an encoder-decoder",
+        "an unknown architecture",
+        "weights cut short",
+        "no tokenizer",
+    ],
 )
 def test_a_bad_model_directory_is_told(name: str, good: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, expected = broken_models(tmp_path)[name]
@@ -202,7 +228,12 @@ def test_the_main_job_then_its_adapter_evaluated_alone(
     assert main(words(good)) == 0
     run = tmp_path / "run"
     printed = capsys.readouterr().out
-    assert "60 rows:" in printed and "ROUGE-L" in printed and "base model" in printed and str(run / "adapters") in printed
+    assert (
+        "60 rows:" in printed
+        and "ROUGE-L" in printed
+        and "No verdict: 6 rows it never saw are too few" in printed
+        and str(run / "adapters") in printed
+    )
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapters", "config.yaml", "metrics.json", "metrics.jsonl", "predictions.jsonl",
@@ -283,8 +314,6 @@ def test_an_output_directory_that_may_not_be_made_is_refused(good: Arguments, ca
 
 
 def test_two_runs_cannot_share_a_directory(good: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
-    from finetune_dataflow.engine import files
-
     directory = Path(good["output_dir"])
     directory.mkdir()
     with files.locked(directory):
@@ -299,7 +328,131 @@ def test_an_adapter_of_another_model_is_refused(
     config = json.loads((write_tiny_model(tmp_path / "other") / "config.json").read_text())
     larger = write_tiny_model(tmp_path / "larger", hidden_size=config["hidden_size"] * 2)
     error = failing(["evaluate", *words({**presaved, "model_id": larger, "adapter": tmp_path / "run" / "adapters"})], capsys)
+    assert f"was made for another model: {good['model_id']}" in error
+
+
+def test_an_adapter_of_another_model_of_the_same_shape_is_refused(
+    good: Arguments, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(good)) == 0
+    capsys.readouterr()
+    twin = write_tiny_model(tmp_path / "twin", seed=1)
+    error = failing(["evaluate", *words({**presaved, "model_id": twin, "adapter": tmp_path / "run" / "adapters"})], capsys)
+    assert "was made for another model" in error
+
+
+def test_an_adapter_without_notes_that_does_not_fit_is_refused(
+    good: Arguments, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As mlx-lm writes it: the shapes alone tell."""
+    assert main(words(good)) == 0
+    capsys.readouterr()
+    path = tmp_path / "run" / "adapters" / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "fingerprints"}))
+    larger = write_tiny_model(tmp_path / "larger", hidden_size=64)
+    error = failing(["evaluate", *words({**presaved, "model_id": larger, "adapter": tmp_path / "run" / "adapters"})], capsys)
     assert f"does not fit the model in {larger}; it was made for {good['model_id']}" in error
+
+
+def test_an_adapter_with_half_its_weights_is_refused(
+    good: Arguments, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(good)) == 0
+    capsys.readouterr()
+    path = tmp_path / "run" / "adapters" / "adapters.safetensors"
+    weights = cast(dict[str, mx.array], mx.load(str(path)))
+    mx.save_safetensors(str(path), {name: weights[name] for name in sorted(weights)[:4]})
+    error = failing(["evaluate", *words({**presaved, "adapter": path.parent})], capsys)
+    assert "does not fit" in error and "Missing: " in error
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "{}",
+        '{"num_layers": "two", "lora_parameters": {"rank": 8, "scale": 1}}',
+        '{"num_layers": 2, "lora_parameters": 3}',
+        '{"num_layers": 2, "lora_parameters": {"rank": "x", "scale": 1}}',
+    ],
+)
+def test_a_damaged_adapter_config_is_told(
+    config: str, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(config)
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    assert "is no adapter config of mlx-lm's" in failing(["evaluate", *words({**presaved, "adapter": tmp_path})], capsys)
+
+
+def test_an_evaluation_on_rows_the_fit_used_gives_no_verdict(
+    good: Arguments, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another seed deals the adapter's training rows to the hold-out."""
+    assert main(words(good)) == 0
+    capsys.readouterr()
+    seeds = {**presaved, "adapter": tmp_path / "run" / "adapters", "seed": 7, "train_size": 0.4}
+    assert main(["evaluate", *words(seeds)]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"No verdict on unseen rows: .* of which its fit used \d+", printed)
+
+
+def test_an_evaluation_of_an_adapter_that_does_not_say_what_it_saw_does_not_claim_it(
+    good: Arguments, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(good)) == 0
+    capsys.readouterr()
+    (tmp_path / "run" / "adapters" / "used_inputs.txt").unlink()
+    assert main(["evaluate", *words({**presaved, "adapter": tmp_path / "run" / "adapters"})]) == 0
+    assert "it may have seen them" in capsys.readouterr().out
+
+
+def test_a_run_stopped_by_its_first_error_gives_its_directory_up(good: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "num_layers=3" in failing(words({**good, "num_layers": 3}), capsys)
+    assert main(words(good)) == 0
+
+
+def test_a_second_evaluation_that_is_killed_is_not_taken_for_the_first(
+    good: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(words(good)) == 0
+    write_json = files.write_json
+
+    def killed(path: Path, value: object) -> Path:
+        if path.name == "metrics.json":
+            raise KeyboardInterrupt
+        return write_json(path, value)
+
+    monkeypatch.setattr(files, "write_json", killed)
+    assert main(words({**good, "max_tokens": 20})) == 130
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main(words(good)) == 0
+    assert "finished" not in capsys.readouterr().out
+    assert "max_tokens: 8" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_the_configuration_of_an_evaluation_repeats_the_evaluation(
+    good: Arguments, presaved: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(good)) == 0
+    assert main(["evaluate", *words({**presaved, "adapter": tmp_path / "run" / "adapters"})]) == 0
+    capsys.readouterr()
+    out = tmp_path / "evaluated"
+    assert main(["-c", str(out / "config.yaml"), "--out", str(out)]) == 0
+    assert "holds this run, finished" in capsys.readouterr().out
+
+
+def test_evaluate_with_another_start_is_refused(presaved: Arguments, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "means --start presaved; found 'base'" in failing(["evaluate", "--start", "base", *words(presaved)], capsys)
+
+
+def test_a_finished_run_whose_adapter_is_gone_is_made_again(
+    good: Arguments, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(good)) == 0
+    shutil.rmtree(tmp_path / "run" / "adapters")
+    assert main(words(good)) == 0
+    assert (tmp_path / "run" / "adapters" / "adapters.safetensors").is_file()
 
 
 def test_a_yaml_file_gives_inputs_and_the_command_line_wins(

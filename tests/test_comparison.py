@@ -93,4 +93,9 @@ def test_intervals_of_skewed_scores_cover_the_truth_about_as_often_as_they_say()
     [(0.01, 0.2, "is better than"), (-0.2, -0.01, "is worse than"), (-0.01, 0.2, "There is no clear difference")],
 )
 def test_the_verdict_says_better_worse_or_no_clear_difference(low: float, high: float, sentence: str) -> None:
-    assert sentence in verdict({"mean": (low + high) / 2, "low": low, "high": high}, 30)
+    assert sentence in verdict({"mean": (low + high) / 2, "low": low, "high": high}, 30, 0)
+
+
+def test_fewer_than_ten_rows_give_no_verdict() -> None:
+    said = verdict({"mean": 0.1, "low": 0.05, "high": 0.2}, 1, 0)
+    assert said == "No verdict: 1 row it never saw is too few to tell; at least 10 are needed."

@@ -14,6 +14,7 @@ from hamilton import driver
 import finetune_dataflow
 from finetune_dataflow.engine.losses import mean_loss
 from finetune_dataflow.engine.models import load_model
+from finetune_dataflow.errors import UserError
 
 OUTPUTS = [
     "save_best_models", "hold_out_set_predictions",
@@ -93,6 +94,18 @@ def test_any_node_can_be_overridden_by_its_own_value(name: str, inputs: dict[str
     again = {**inputs, "output_dir": str(tmp_path / "again")}
     result = built("base").execute([*OUTPUTS, "run_metrics"], inputs=again, overrides={name: value})
     assert result["run_metrics"]["hold_out_rows"] > 0 and set(result) == {*OUTPUTS, "run_metrics"}
+
+
+def test_an_overridden_set_makes_another_run(inputs: dict[str, Any], tmp_path: Path) -> None:
+    """Its directory is refused to it where the plain run stands, and the plain run does not get its adapter."""
+    plain = built("base").execute(["finished_fit", "train_set"], inputs=inputs)
+    fewer = {"train_set": plain["train_set"].head(8)}
+    with pytest.raises(UserError, match="fingerprint of train_set"):
+        built("base").execute(["finished_fit"], inputs=inputs, overrides=fewer)
+    other = {**inputs, "output_dir": str(tmp_path / "other")}
+    assert built("base").execute(["finished_fit"], inputs=other, overrides=fewer)["finished_fit"].summary.steps == 4
+    with pytest.raises(UserError, match="fingerprint of train_set"):
+        built("base").execute(["finished_fit"], inputs=other)
 
 
 def test_the_saved_adapter_scores_what_the_metrics_say(inputs: dict[str, Any], tiny_model: Path) -> None:

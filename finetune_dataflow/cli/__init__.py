@@ -69,7 +69,7 @@ def _run(arguments: list[str]) -> int:
         return draw(arguments)
     from finetune_dataflow.cli.train import train
 
-    return train(["--start", "presaved", *arguments] if command == "evaluate" else arguments)
+    return train(arguments, "presaved" if command == "evaluate" else None)
 
 
 def _quiet_libraries() -> None:

@@ -28,6 +28,8 @@ def draw(arguments: Sequence[str]) -> int:
     if words or len(arguments) % 2 or out is None or start not in STARTS:
         raise UserError("Expected: graph --start base|presaved --out FILE.svg")
     path = Path(out)
+    if path.is_dir():
+        raise UserError(f"--out {out!r} is a directory. Expected the name of an SVG file.")
     engine.files.make_output_directory(path.parent)
     engine.files.write_text(path, engine.drawing.svg(dot_source(start)))
     print(f"Wrote {path}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import inspect
 import re
 import types
@@ -71,12 +72,20 @@ def graph_inputs(dr: driver.Driver) -> dict[str, Input]:
     return dict(sorted(inputs.items()))
 
 
-def parse(arguments: Sequence[str]) -> Options:
-    """The options of `train` and `evaluate`. Raises one UserError that names every problem found."""
-    given, start, config = _words(arguments)
-    if start not in STARTS:
-        raise UserError(f"--start {start!r} is unknown.{nearest(start, STARTS)} Expected base or presaved.")
+def parse(arguments: Sequence[str], start: str | None = None) -> Options:
+    """The options of `train` and `evaluate`. Raises one UserError that names every problem found.
+
+    `start` is what the command itself means; then no option may say otherwise.
+    """
+    given, named_start, config = _words(arguments)
     from_file = _yaml_values(Path(config)) if config else {}
+    named_start = named_start or from_file.get("start")
+    from_file.pop("start", None)
+    if start is not None and named_start not in (None, start):
+        raise UserError(f"This command means --start {start}; found {named_start!r}.")
+    start = start or named_start or "base"
+    if start not in STARTS:
+        raise UserError(f"--start {start!r} is unknown.{nearest(str(start), STARTS)} Expected base or presaved.")
     known = graph_inputs(build_driver(start))
     problems: list[str] = []
     inputs: dict[str, Any] = {}
@@ -113,7 +122,7 @@ def coerced(owner: Input, value: Any) -> Any:
     try:
         if owner.type is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, bool) or value is None or isinstance(value, list | dict):
+        if isinstance(value, bool) or value is None or isinstance(value, list | dict | datetime.date):
             raise ValueError
         if owner.type is int and isinstance(value, float):
             raise ValueError
@@ -122,7 +131,7 @@ def coerced(owner: Input, value: Any) -> Any:
         raise UserError(f"{owner.name}={value!r}: expected {expected}.") from error
 
 
-def _words(arguments: Sequence[str]) -> tuple[dict[str, str], str, str | None]:
+def _words(arguments: Sequence[str]) -> tuple[dict[str, str], str | None, str | None]:
     """The inputs named on the command line as they stand there, the start, and the YAML file."""
     given: dict[str, str] = {}
     start, config = None, None
@@ -142,6 +151,8 @@ def _words(arguments: Sequence[str]) -> tuple[dict[str, str], str, str | None]:
                 raise UserError(f"--set {name!r}: expected name=value.")
             name = f"--{name}"
         name = re.sub(r"^-+", "", name).replace("-", "_")
+        if (name == "start" and start is not None) or (name in {"c", "config"} and config is not None):
+            raise UserError(f"{word} is given twice.")
         if name == "start":
             start = value
         elif name in {"c", "config"}:
@@ -150,7 +161,7 @@ def _words(arguments: Sequence[str]) -> tuple[dict[str, str], str, str | None]:
             raise UserError(f"--{name.replace('_', '-')} is given twice.")
         else:
             given[name] = value
-    return given, start or "base", config
+    return given, start, config
 
 
 def _yaml_values(path: Path) -> dict[str, Any]:

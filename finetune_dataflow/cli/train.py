@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from finetune_dataflow.cli.graph import dot_source
 from finetune_dataflow.cli.options import build_driver, parse
 
 PREPARED = [
-    "run_identity", "generation_settings", "records", "row_ledger", "base_model_path",
+    "run_identity", "evaluation_identity", "records", "row_ledger", "base_model_path",
     "train_tokens", "validation_tokens", "hold_out_tokens",
 ]  # fmt: skip
 RESULTS = [
@@ -25,15 +24,14 @@ NAMES = {
 }  # fmt: skip
 
 
-def train(arguments: Sequence[str]) -> int:
+def train(arguments: Sequence[str], start: str | None = None) -> int:
     """Prepare, fit (under start="base"), evaluate, write the run directory and print the verdict."""
-    options = parse(arguments)
+    options = parse(arguments, start)
     dr = build_driver(options.start)
     prepared = dr.execute(PREPARED, inputs=options.inputs)
     directory = engine.run_directory.location(options.inputs.get("output_dir", ""), prepared["run_identity"])
     engine.run_directory.check_unclaimed(directory, prepared["run_identity"])
-    evaluation = asdict(prepared["generation_settings"])
-    metrics = engine.run_directory.finished_metrics(directory, evaluation)
+    metrics = engine.run_directory.finished_metrics(directory, prepared["run_identity"], prepared["evaluation_identity"])
     if metrics is not None:
         print(f"{directory} holds this run, finished. Its result:\n")
     else:

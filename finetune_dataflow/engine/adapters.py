@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,12 +12,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.tuner.utils import load_adapters as load_mlx_lm_adapters
 
-from finetune_dataflow.engine.files import content_fingerprint, replacing, write_json
+from finetune_dataflow.engine.files import content_fingerprint, replacing, write_json, write_text
 from finetune_dataflow.engine.randomness import seeded
 from finetune_dataflow.engine.settings import FitSettings
 from finetune_dataflow.errors import UserError
 
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, USED_INPUTS = "adapters.safetensors", "adapter_config.json", "used_inputs.txt"
 
 
 def add_lora_layers(model: nn.Module, settings: FitSettings) -> None:
@@ -73,9 +73,25 @@ def check_adapter(adapter_path: Path) -> dict[str, Any]:
         raise UserError(f"The directory {adapter_path} holds no adapter: {' and '.join(missing)} missing.{hint}")
     try:
         config = json.loads((adapter_path / CONFIG).read_text(encoding="utf-8"))
-        return {"num_layers": config["num_layers"], "lora_parameters": config["lora_parameters"], **config}
+        expected = {"num_layers": int, "rank": int, "scale": int | float}
+        found = {"num_layers": config["num_layers"], **config["lora_parameters"]}
+        wrong = [name for name, kind in expected.items() if not isinstance(found[name], kind)]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{adapter_path / CONFIG} is no adapter config of mlx-lm's: {error!r}.") from error
+    if wrong:
+        raise UserError(f"{adapter_path / CONFIG} is no adapter config of mlx-lm's: {wrong[0]} is {found[wrong[0]]!r}.")
+    return dict(config)
+
+
+def check_base_model(adapter_path: Path, base_model_fingerprint: str) -> None:
+    """Raise UserError where the adapter says that it was made for another base model."""
+    config = check_adapter(adapter_path)
+    made_for = config.get("fingerprints", {}).get("base_model", base_model_fingerprint)
+    if made_for != base_model_fingerprint:
+        raise UserError(
+            f"The adapter in {adapter_path} was made for another model: {config.get('model')}, whose files are not those of "
+            "the model in model_id. Name the model it was made for."
+        )
 
 
 def apply_adapter(model: nn.Module, adapter_path: Path, base_model_path: Path) -> None:
@@ -83,7 +99,10 @@ def apply_adapter(model: nn.Module, adapter_path: Path, base_model_path: Path) -
     config = check_adapter(adapter_path)
     try:
         load_mlx_lm_adapters(model, str(adapter_path))
-    except (ValueError, KeyError, RuntimeError) as error:
+        missing = adapter_parameters(model) - set(mx.load(str(adapter_path / WEIGHTS)))
+        if missing:
+            raise ValueError(f"Missing: {min(missing)} (and {len(missing) - 1} more)")
+    except (ValueError, KeyError, RuntimeError, TypeError) as error:
         made_for = config.get("model", "an unknown model")
         raise UserError(
             f"The adapter in {adapter_path} does not fit the model in {base_model_path}; it was made for {made_for}. "
@@ -91,10 +110,27 @@ def apply_adapter(model: nn.Module, adapter_path: Path, base_model_path: Path) -
         ) from error
 
 
+def adapter_parameters(model: nn.Module) -> set[str]:
+    """The names of the parameters that an adapter adds to a model."""
+    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return {name for name, _ in named if name.rpartition(".")[2] in {"lora_a", "lora_b", "m"}}
+
+
 def _first_problem(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     more = f" (and {len(lines) - 2} more)" if len(lines) > 2 else ""
     return f"{lines[1] if len(lines) > 1 else lines[0]}{more}"
+
+
+def save_used_inputs(directory: Path, used: frozenset[str]) -> Path:
+    """Keep beside the adapter which inputs its fit used, as hashes, so that a later evaluation can tell what it has seen."""
+    return write_text(directory / USED_INPUTS, "".join(f"{each}\n" for each in sorted(used)))
+
+
+def used_inputs(adapter_path: Path) -> frozenset[str] | None:
+    """The inputs, as hashes, that the adapter's fit used; None where it does not say."""
+    path = adapter_path / USED_INPUTS
+    return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else None
 
 
 def adapter_fingerprint(adapter_path: Path) -> str:

@@ -82,6 +82,7 @@ def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch
 
 def in_order(columns: TokenColumns, batch_size: int) -> Iterator[Batch]:
     """Every row once, sorted by length: for losses that no order changes."""
+    batch_size = min(batch_size, len(columns))
     ladder = widths(columns.lengths)
     by_length = np.argsort(columns.lengths, kind="stable")
     for start in range(0, len(by_length), batch_size):

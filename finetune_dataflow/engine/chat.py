@@ -8,40 +8,60 @@ strings, nearly all, go the plain way: render, then `encode`.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from finetune_dataflow.engine.tokens import DroppedRow, EncodedRow, TokenColumns, token_columns
+from finetune_dataflow.engine.tokens import IGNORED, DroppedRow, EncodedRow, TokenColumns, token_columns
 from finetune_dataflow.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, str]  # {"role": …, "content": …}
+BORDER = 64  # characters on either side of the border between prompt and reply that tokens could reach over
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Which tokens of a conversation are learned besides its last reply, which always is.
+
+    text_alone: the reply is all there is; no prompt, no template. whole_prompt: the prompt, too. every_turn: earlier
+    replies, too.
+    """
+
+    text_alone: bool = False
+    whole_prompt: bool = False
+    every_turn: bool = False
+
+
+COMPLETION_ONLY = Learned()
+Message = Mapping[str, Any]  # {"role": …, "content": …}, and "tool_calls" where a template knows them
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row as messages: those that make the prompt, and the reply that is learned."""
+    """One row as messages: those that make the prompt (earlier replies included), and the reply that is learned."""
 
     row: int
     prompt: tuple[Message, ...]
     reply: str
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @functools.lru_cache(maxsize=4)
-def load_encoder(tokenizer_directory: Path) -> ChatEncoder:
-    """The encoder of the tokenizer in a model directory; one per directory and process, since loading takes a second.
+def load_encoder(tokenizer_directory: Path, template: str = "") -> ChatEncoder:
+    """The encoder of the tokenizer in a model directory; one per directory, template and process: loading takes a second.
 
-    Raises UserError where the tokenizer cannot be read or has no chat template.
+    `template` is a Jinja chat template that takes the place of the tokenizer's own.
+    Raises UserError where the tokenizer cannot be read, or has no chat template and none is given.
     """
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that PyTorch is missing, which is meant
     from transformers import AutoTokenizer
@@ -50,12 +70,22 @@ def load_encoder(tokenizer_directory: Path) -> ChatEncoder:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"The tokenizer in {tokenizer_directory} cannot be read: {error}") from error
+    if template:
+        tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise UserError(
-            f"The tokenizer in {tokenizer_directory} has no chat template. Expected an instruction-tuned model, "
-            "whose tokenizer says how a conversation is written."
+            f"The tokenizer in {tokenizer_directory} has no chat template, which says how a conversation is written. "
+            "Expected an instruction-tuned model."
         )
     return ChatEncoder(tokenizer)
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """The ids of a rendered text, and where each begins in it."""
+
+    ids: list[int]
+    starts: list[int]
 
 
 class ChatEncoder:
@@ -77,6 +107,17 @@ class ChatEncoder:
         self.end_of_turn_ids = self._end_of_turn_ids()
 
     @property
+    def control_strings(self) -> frozenset[str]:
+        """The strings this tokenizer reads as control tokens where they are not kept plain."""
+        return frozenset(self._control_ids)
+
+    @property
+    def start_ids(self) -> list[int]:
+        """What stands before a text without a prompt: the tokenizer's beginning of sequence, else its end of sequence."""
+        added = self._tokenizer.encode("", add_special_tokens=True)
+        return added[:1] if added else [self._tokenizer.eos_token_id]
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """The tokens at which generation stops: the end of turn that training teaches, and the tokenizer's own."""
         return frozenset({self.end_of_turn_ids[-1], self._tokenizer.eos_token_id} - {None})
@@ -89,30 +130,79 @@ class ChatEncoder:
         """The text of a generated reply, control tokens left out, outer white space removed."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True)).strip()
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """The ids of a prompt, up to where the assistant's reply begins: what training masks and generation is fed."""
-        if not any(self._control.search(message["content"]) for message in messages):
-            return self._tokenizer.encode(self._rendered(messages, add_generation_prompt=True), add_special_tokens=False)
-        marker = _unused_marker("".join(message["content"] for message in messages))
-        found: list[str] = []
+        return self._encoded(*self._protected(messages, tools)).ids
 
-        def placeholder(match: re.Match[str]) -> str:
-            found.append(match.group())
-            return f"{marker}{len(found) - 1}{marker}"
+    def encode(self, conversation: Conversation, learned: Learned) -> EncodedRow:
+        """The tokens and labels of one conversation.
 
-        protected = [{**message, "content": self._control.sub(placeholder, message["content"])} for message in messages]
-        rendered = self._rendered(protected, add_generation_prompt=True)
-        restore = re.compile(f"{marker}([0-9]+){marker}")
+        Earlier replies are learned, too, where `learned.every_turn` says so; each with the token that ends its turn.
+        """
+        reply = self.reply_ids(conversation.reply)
+        if learned.text_alone:
+            return EncodedRow(conversation.row, self.start_ids, reply)
+        rendered, restore = self._protected(conversation.prompt, conversation.tools)
+        encoded = self._encoded(rendered, restore)
+        labels = [*encoded.ids] if learned.whole_prompt else [IGNORED] * len(encoded.ids)
+        skipped = 0
+        if learned.every_turn and not learned.whole_prompt:
+            for turn, message in enumerate(conversation.prompt):
+                if message["role"] != "assistant":
+                    continue
+                before = self._rendered(restore.protected[:turn], conversation.tools, add_generation_prompt=True)
+                if rendered.startswith(before) and turn > 0:
+                    self._learn_turn(encoded, labels, len(restore(before)))
+                else:
+                    skipped += 1  # the template writes an earlier reply otherwise than a last one
+        return EncodedRow(
+            conversation.row,
+            encoded.ids,
+            reply,
+            prompt_labels=labels,
+            joint_differs=self._joint_differs(restore(rendered), conversation.reply),
+            skipped_turns=skipped,
+        )
+
+    def _learn_turn(self, encoded: EncodedText, labels: list[int], start: int) -> None:
+        """Label the tokens from the character `start` on, up to and including the next end of turn."""
+        for place in range(bisect.bisect_left(encoded.starts, start), len(encoded.ids)):
+            labels[place] = encoded.ids[place]
+            if encoded.ids[place] == self.end_of_turn_ids[-1]:
+                return
+
+    def _joint_differs(self, prompt: str, reply: str) -> bool:
+        """Whether a token would reach over the border of prompt and reply if both were tokenised as one text."""
+        controls = [match.end() for match in self._control.finditer(prompt)]
+        tail, head = prompt[controls[-1] if controls else -BORDER :], reply[:BORDER]
+        return self.plain_ids(tail + head) != [*self.plain_ids(tail), *self.plain_ids(head)]
+
+    def _protected(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[str, _Restore]:
+        """The rendered prompt with placeholders for the data's control strings, and the way back from them."""
+        restore = _Restore(self._control, messages)
+        return self._rendered(restore.protected, tools, add_generation_prompt=True), restore
+
+    def _encoded(self, rendered: str, restore: _Restore) -> EncodedText:
+        """The ids of a rendered prompt. Without placeholders it is encoded as a whole."""
+        if not restore.found:
+            whole = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
+            return EncodedText([*whole["input_ids"]], [start for start, _ in whole["offset_mapping"]])
         ids: list[int] = []
-        position = 0
+        starts: list[int] = []
+        position = length = 0
         # What matches now is the template's own. The text between two such strings is one piece, as in a joint encode.
         for match in [*self._control.finditer(rendered), None]:
-            piece = rendered[position : match.start() if match else None]
-            ids += self.plain_ids(restore.sub(lambda each: found[int(each.group(1))], piece))
+            piece = restore(rendered[position : match.start() if match else None])
+            encoded = self._plain(piece)
+            ids += encoded.ids
+            starts += [length + start for start in encoded.starts]
+            length += len(piece)
             if match:
                 ids.append(self._control_ids[match.group()])
+                starts.append(length)
+                length += len(match.group())
                 position = match.end()
-        return ids
+        return EncodedText(ids, starts)
 
     def reply_ids(self, reply: str) -> list[int]:
         """The ids of a reply, tokenised apart from its prompt, with the tokens that end the turn."""
@@ -122,22 +212,35 @@ class ChatEncoder:
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids of `text` read as ordinary characters, whatever control strings it contains."""
-        if not text:
-            return []
-        ids = self._plain_tokenizer.encode(text, add_special_tokens=False).ids
-        if not set(self._control_ids.values()).isdisjoint(ids):
-            # A vocabulary may hold a control string as an ordinary piece too; one character alone never is one.
-            ids = [number for each in text for number in self._plain_tokenizer.encode(each, add_special_tokens=False).ids]
-        return ids
+        return self._plain(text).ids
 
-    def _rendered(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def _plain(self, text: str) -> EncodedText:
+        if not text:
+            return EncodedText([], [])
+        encoded = self._plain_tokenizer.encode(text, add_special_tokens=False)
+        if set(self._control_ids.values()).isdisjoint(encoded.ids):
+            return EncodedText(encoded.ids, [start for start, _ in encoded.offsets])
+        # A vocabulary may hold a control string as an ordinary piece too; one character alone never is one.
+        singly = [
+            (number, place)
+            for place, each in enumerate(text)
+            for number in self._plain_tokenizer.encode(each, add_special_tokens=False).ids
+        ]
+        return EncodedText([number for number, _ in singly], [place for _, place in singly])
+
+    def _rendered(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = (), *, add_generation_prompt: bool
+    ) -> str:
         try:
             rendered = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=add_generation_prompt
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"The tokenizer's chat template refuses a conversation of {roles}: {error}") from error
+        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise UserError(f"The chat template refuses a conversation of {roles}: {error}") from error
         return str(rendered)
 
     def _end_of_turn_ids(self) -> list[int]:
@@ -149,6 +252,8 @@ class ChatEncoder:
         )
         after = rendered.partition(probe)[2]
         ids = self._tokenizer.encode(after, add_special_tokens=False)
+        if self._tokenizer.eos_token_id in ids:
+            return ids[: ids.index(self._tokenizer.eos_token_id) + 1]
         for position, number in enumerate(ids):
             if number in self._control_ids.values():
                 return ids[: position + 1]
@@ -157,33 +262,83 @@ class ChatEncoder:
         return [self._tokenizer.eos_token_id]
 
 
+class _Restore:
+    """Messages whose control strings are placeholders, and the way from a text with placeholders to the original."""
+
+    def __init__(self, control: re.Pattern[str], messages: Sequence[Message]) -> None:
+        self.found: list[str] = []
+        texts = "".join(_strings(list(messages)))
+        if not control.search(texts):
+            self.protected: list[Message] = list(messages)
+            return
+        marker = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in texts)
+        self._placeholder = re.compile(f"{marker}([0-9]+){marker}")
+
+        def placeholder(match: re.Match[str]) -> str:
+            self.found.append(match.group())
+            return f"{marker}{len(self.found) - 1}{marker}"
+
+        self.protected = [_with_strings(message, lambda text: control.sub(placeholder, text)) for message in messages]
+
+    def __call__(self, text: str) -> str:
+        """The text with every placeholder replaced by the control string it stands for."""
+        return self._placeholder.sub(lambda each: self.found[int(each.group(1))], text) if self.found else text
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Every text inside a message, its role left out."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            if name != "role":
+                yield from _strings(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from _strings(each)
+
+
+def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every text in it changed, roles left alone."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: each if name == "role" else _with_strings(each, change) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_strings(each, change) for each in value]
+    return value
+
+
 def encode_conversations(
-    encoder: ChatEncoder, conversations: Sequence[Conversation], max_seq_length: int, long_rows: str
+    encoder: ChatEncoder,
+    conversations: Sequence[Conversation],
+    max_seq_length: int,
+    long_rows: str,
+    learned: Learned = COMPLETION_ONLY,
 ) -> TokenColumns:
     """The token columns of some conversations.
 
-    A row longer than `max_seq_length` tokens never loses its reply in silence: `truncate_prompt` cuts the beginning of
-    its last user message, `drop` leaves the row out, `error` raises UserError naming the rows. A row whose reply and
-    scaffold alone are too long is dropped under `truncate_prompt`, too.
+    A row longer than `max_seq_length` tokens never loses its reply in silence: `truncate_prompt` leaves out its oldest turns
+    and then cuts the beginning of its last user message, `drop` leaves the row out, `error` raises UserError naming the
+    rows. A row whose reply and scaffold alone are too long is dropped under `truncate_prompt`, too.
     """
     encoded: list[EncodedRow] = []
     dropped: list[DroppedRow] = []
     too_long: list[tuple[int, int]] = []
     for conversation in conversations:
-        prompt, reply = encoder.prompt_ids(conversation.prompt), encoder.reply_ids(conversation.reply)
-        length = len(prompt) + len(reply)
-        if length <= max_seq_length:
-            encoded.append(EncodedRow(conversation.row, prompt, reply))
+        row = encoder.encode(conversation, learned)
+        if row.length <= max_seq_length:
+            encoded.append(row)
         elif long_rows == "error":
-            too_long.append((conversation.row, length))
+            too_long.append((row.row, row.length))
         elif long_rows == "drop":
-            dropped.append(DroppedRow(conversation.row, "longer_than_max_seq_length"))
+            dropped.append(DroppedRow(row.row, "longer_than_max_seq_length"))
         else:
-            shorter = _truncated_prompt(encoder, conversation.prompt, max_seq_length - len(reply))
+            shorter = _truncated(encoder, conversation, learned, max_seq_length)
             if shorter is None:
-                dropped.append(DroppedRow(conversation.row, "reply_longer_than_max_seq_length"))
+                dropped.append(DroppedRow(row.row, "reply_longer_than_max_seq_length"))
             else:
-                encoded.append(EncodedRow(conversation.row, shorter, reply, truncated=True))
+                encoded.append(replace(shorter, truncated=True))
     if too_long:
         named = ", ".join(f"row {row} ({length})" for row, length in too_long[:10])
         more = f" and {len(too_long) - 10} more" if len(too_long) > 10 else ""
@@ -194,28 +349,30 @@ def encode_conversations(
     return token_columns(encoded, dropped)
 
 
-def _truncated_prompt(encoder: ChatEncoder, messages: Sequence[Message], budget: int) -> list[int] | None:
-    """The prompt with the longest tail of its last user message that fits `budget` tokens; None where none fits."""
-    last_user = max(index for index, message in enumerate(messages) if message["role"] == "user")
-    text = messages[last_user]["content"]
+def _truncated(encoder: ChatEncoder, conversation: Conversation, learned: Learned, longest: int) -> EncodedRow | None:
+    """The row with its oldest turns left out, then with the longest tail of its last user message that fits; or None."""
+    users = [place for place, message in enumerate(conversation.prompt) if message["role"] == "user"]
+    if learned.text_alone or not users:
+        return None
+    lead = users[0]
+    for first in users[1:]:
+        later = replace(conversation, prompt=(*conversation.prompt[:lead], *conversation.prompt[first:]))
+        if (row := encoder.encode(later, learned)).length <= longest:
+            return row
+    messages = (*conversation.prompt[:lead], *conversation.prompt[users[-1] :])
+    text = messages[lead]["content"].strip()
 
-    def prompt_with_tail(characters: int) -> list[int]:
-        tail = text[len(text) - characters :].lstrip()
-        shorter = [{**message, "content": tail} if i == last_user else message for i, message in enumerate(messages)]
-        return encoder.prompt_ids(shorter)
+    def with_tail(characters: int) -> EncodedRow:
+        shorter = {**messages[lead], "content": text[len(text) - characters :].lstrip()}
+        return encoder.encode(replace(conversation, prompt=(*messages[:lead], shorter, *messages[lead + 1 :])), learned)
 
-    if len(prompt_with_tail(0)) >= budget:
+    if with_tail(0).length >= longest:
         return None
     low, high = 0, len(text)  # the tail of `low` characters fits; the whole text does not
     while high - low > 1:
         middle = (low + high) // 2
-        if len(prompt_with_tail(middle)) <= budget:
+        if with_tail(middle).length <= longest:
             low = middle
         else:
             high = middle
-    return prompt_with_tail(low) if low else None
-
-
-def _unused_marker(text: str) -> str:
-    """A private-use character that does not occur in `text`."""
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+    return with_tail(low) if low else None

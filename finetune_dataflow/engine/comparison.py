@@ -14,13 +14,14 @@ from finetune_dataflow.engine.statistics import weighted_mean_interval
 if TYPE_CHECKING:
     from finetune_dataflow.engine.training import FitSummary
 
+FEWEST_ROWS = 10  # below, an interval calls noise a clear difference more than one time in ten
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def scores(losses: pd.DataFrame, rouge: pd.DataFrame) -> dict[str, float]:
     """Mean ROUGE f-measures, the token-weighted mean loss in nats, and its perplexity."""
     loss = float(losses["loss"].sum() / losses["supervised_tokens"].sum())
-    return {**{name: float(rouge[name].mean()) for name in ROUGE_TYPES}, "loss": loss, "perplexity": math.exp(loss)}
+    return {**{name: float(rouge[name].mean()) for name in ROUGE_TYPES}, "loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 def comparison(
@@ -40,12 +41,23 @@ def comparison(
     }
 
 
-def verdict(difference: dict[str, float], rows: int) -> str:
-    """One sentence on the difference in ROUGE-L: better, worse, or no clear difference."""
+def verdict(difference: dict[str, float], rows: int, seen_rows: int | None) -> str:
+    """One sentence on the difference in ROUGE-L: better, worse, no clear difference, or too few rows to tell.
+
+    `seen_rows` of the rows were used to make the adapter; None where it does not say what it was made from.
+    """
+    which = "it never saw" if seen_rows == 0 else f"of which its fit used {seen_rows}"
+    if seen_rows is None:
+        which = "(the adapter does not say which rows it was made from, so it may have seen them)"
+    counted = f"{rows} row{'s' if rows != 1 else ''} {which}"
+    if rows < FEWEST_ROWS:
+        return f"No verdict: {counted} {'is' if rows == 1 else 'are'} too few to tell; at least {FEWEST_ROWS} are needed."
     figures = (
-        f"its ROUGE-L is {abs(difference['mean']):.3f} {'higher' if difference['mean'] >= 0 else 'lower'} on {rows} rows "
-        f"it never saw (95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})."
+        f"its ROUGE-L is {abs(difference['mean']):.3f} {'higher' if difference['mean'] >= 0 else 'lower'} on {counted} "
+        f"(95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})."
     )
+    if seen_rows:
+        return f"No verdict on unseen rows: {figures}"
     if difference["low"] > 0:
         return f"The tuned model is better than the base model: {figures}"
     if difference["high"] < 0:
@@ -58,6 +70,7 @@ def run_metrics(
     validation: dict[str, dict[str, Any]],
     verdict: str,
     row_ledger: pd.DataFrame,
+    evaluation: dict[str, Any],
     fit: FitSummary | None,
 ) -> dict[str, Any]:
     """The content of metrics.json. What only a fit knows is null where none was made."""
@@ -75,4 +88,5 @@ def run_metrics(
         "hold_out_rows": int(used.get("hold_out", 0)),
         **{name: getattr(fit, name) if fit else None for name in of_fit},
         "fit": asdict(fit) if fit else None,
+        "evaluation": evaluation,
     }

@@ -40,11 +40,6 @@ def write_json(path: Path, value: object) -> Path:
     return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_json_lines(path: Path, values: Iterable[object]) -> Path:
-    """Write one JSON value a line, whole or not at all."""
-    return write_text(path, "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values))
-
-
 def read_json_lines(path: Path) -> list[dict[str, object]]:
     """The objects of a JSONL file this project wrote; a last line cut short by a kill is left out."""
     objects = []
@@ -54,6 +49,29 @@ def read_json_lines(path: Path) -> list[dict[str, object]]:
         except json.JSONDecodeError:
             break
     return objects
+
+
+def user_path(text: str) -> Path:
+    """The path a user wrote, `~` resolved; UserError where it cannot be a path."""
+    try:
+        path = Path(text).expanduser()
+        path.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"{text[:200]!r} is not a path: {error}.") from error
+    return path
+
+
+def write_if_changed(path: Path, text: str, invalidated: Path) -> Path:
+    """Write `text` unless the file holds it already; before it changes, `invalidated` is removed."""
+    if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+        invalidated.unlink(missing_ok=True)
+        write_text(path, text)
+    return path
+
+
+def json_lines(values: Iterable[object]) -> str:
+    """One JSON value a line."""
+    return "".join(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n" for value in values)
 
 
 def make_output_directory(directory: Path) -> Path:

@@ -19,6 +19,7 @@ from finetune_dataflow.engine.heads import gathering, output_head
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.progress import progress
 from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
+from finetune_dataflow.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,10 @@ def losses_by_row(base_model_path: Path, adapter_path: Path | None, columns: Tok
     losses = np.zeros(len(columns))
     for batch in progress(list(in_order(columns, batch_size)), "tuned loss" if adapter_path else "base loss"):
         losses[list(batch.indices)] = np.array(row_losses(model, batch))[: len(batch.indices)]
+    if not np.isfinite(losses).all():
+        rows = ", ".join(map(str, columns.rows[~np.isfinite(losses)][:10]))
+        who = f"model with the adapter in {adapter_path}" if adapter_path else f"model in {base_model_path}"
+        raise UserError(f"The {who} has a loss that is not finite on rows {rows}. Its weights are damaged, or too large.")
     supervised = [int((columns.row_labels(index)[1:] != IGNORED).sum()) for index in range(len(columns))]
     return pd.DataFrame({"row": columns.rows, "loss": losses, "supervised_tokens": supervised})
 

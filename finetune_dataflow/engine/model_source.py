@@ -10,7 +10,7 @@ import re
 import shutil
 from pathlib import Path
 
-from finetune_dataflow.engine.files import content_fingerprint, fingerprint, write_json
+from finetune_dataflow.engine.files import content_fingerprint, fingerprint, user_path, write_json
 from finetune_dataflow.engine.user_cache import user_cache_directory
 from finetune_dataflow.errors import UserError
 
@@ -23,7 +23,7 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 def model_directory(model_id: str) -> Path:
     """The directory of the model that `model_id` names; a GGUF file is converted once, a repository fetched once."""
-    path = Path(model_id).expanduser()
+    path = user_path(model_id)
     if path.is_dir():
         directory = path.resolve()
     elif path.is_file():
@@ -47,6 +47,8 @@ def check_model_directory(directory: Path) -> None:
         raise UserError(f"The model directory {directory} has no config.json. Expected a Hugging Face or MLX model.") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{directory / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{directory / 'config.json'} holds no settings: expected an object.")
     if config.get("is_encoder_decoder") or config.get("model_type") in {
         "t5",
         "mt5",
@@ -94,12 +96,12 @@ def _converted(gguf: Path) -> Path:
 
 def _fetched(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     offline = os.environ.get("HF_HUB_OFFLINE", "") not in {"", "0"}
     try:
         return Path(snapshot_download(repository, allow_patterns=list(MODEL_FILES), local_files_only=offline))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"model_id={repository!r}: there is no such directory here, and the hub did not give a repository of that "
             f"name ({str(error).splitlines()[0]}). Check the name and the network, or name a local model directory."

@@ -19,7 +19,7 @@ def load_model(base_model_path: Path, adapter_path: Path | None = None) -> nn.Mo
     """
     try:
         model, _ = load_base_model(base_model_path, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"The model in {base_model_path} cannot be loaded: {error}") from error
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)

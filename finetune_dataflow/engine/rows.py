@@ -38,6 +38,8 @@ def read_rows(path: Path) -> list[Row]:
         ) from error
     except RecursionError as error:
         raise UserError(f"{path}: not readable as JSON: nested too deeply.") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not readable as JSON: {error}.") from error
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a JSON list of objects, found {_kind(value)}.")
     if not value:
@@ -66,6 +68,9 @@ def text_pairs(path: Path, rows: list[Row], input_text_key: str, output_text_key
             found = _kind(next(value[key] for number, value in objects if number == not_text[0]))
             problems.append(f"{key!r} must be text; found {found} in {_rows_named(not_text)}.")
         empty = [number for number, value in objects if isinstance(value.get(key), str) and not value[key].strip()]
+        broken = [number for number, value in objects if isinstance(value.get(key), str) and not _encodable(value[key])]
+        if broken:
+            problems.append(f"{key!r} has half a character (a lone surrogate) in {_rows_named(broken)}.")
         if empty:
             problems.append(f"{key!r} is empty in {_rows_named(empty)}.")
     if problems:
@@ -103,12 +108,21 @@ def _line_rows(path: Path, text: str) -> list[Row]:
             continue
         try:
             rows.append(Row(number, json.loads(line)))
-        except (json.JSONDecodeError, RecursionError) as error:
-            problems.append(f"{path}: line {number}: not JSON ({getattr(error, 'msg', 'nested too deeply')}).")
+        except (ValueError, RecursionError) as error:
+            found = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+            problems.append(f"{path}: line {number}: not JSON ({found}).")
     if problems:
         more = [f"… and {len(problems) - SHOWN} lines more."] if len(problems) > SHOWN else []
         raise UserError("\n".join(problems[:SHOWN] + more) + "\nExpected one JSON object a line.")
     return rows
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: object) -> str:

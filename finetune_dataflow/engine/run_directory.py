@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from finetune_dataflow.engine.training import FitSummary
 
 HISTORY, LINEAGE, METRICS = "metrics.jsonl", "lineage.json", "metrics.json"
+WEIGHTS = Path("adapters") / "adapters.safetensors"
 OWN_FILES = (HISTORY, LINEAGE, METRICS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "adapters")
 
 
@@ -61,25 +64,33 @@ def run_identity(settings: dict[str, Any], fingerprints: dict[str, str]) -> RunI
 
 def location(output_dir: str, identity: RunIdentity) -> Path:
     """The run's directory: `output_dir`, or the default under `runs`."""
-    return Path(output_dir).expanduser() if output_dir else Path("runs") / identity.name
+    return files.user_path(output_dir) if output_dir else Path("runs") / identity.name
 
 
-def claimed(output_dir: str, identity: RunIdentity) -> Path:
-    """The run's directory, made and marked as this run's; UserError where it holds another run, naming what differs."""
+@contextmanager
+def held(output_dir: str, identity: RunIdentity) -> Iterator[Path]:
+    """The run's directory, made, marked as this run's and locked for the block.
+
+    Raises UserError where it holds another run, naming what differs, or is in use by one.
+    """
     directory = location(output_dir, identity)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"The output directory {directory} is a file. Name a directory.")
     check_unclaimed(directory, identity)
     files.make_output_directory(directory)
-    if not (directory / LINEAGE).exists():
-        files.write_json(directory / LINEAGE, asdict(identity))
-    return directory
+    with files.locked(directory):
+        check_unclaimed(directory, identity)  # again: another run may have come first
+        if _identity_there(directory) != _plain_values(identity):
+            files.write_json(directory / LINEAGE, asdict(identity))
+        yield directory
 
 
 def check_unclaimed(directory: Path, identity: RunIdentity) -> None:
-    """Raise UserError where `directory` holds another run, or files that a run would overwrite."""
-    record = directory / LINEAGE
-    if not record.is_file():
+    """Raise UserError where `directory` holds another run, or files that a run would overwrite.
+
+    A run that left neither weights nor metrics, because it was stopped by its first error, gives its directory up.
+    """
+    if not (directory / LINEAGE).is_file():
         taken = [name for name in OWN_FILES if (directory / name).exists()]
         if taken:
             raise UserError(
@@ -87,12 +98,11 @@ def check_unclaimed(directory: Path, identity: RunIdentity) -> None:
                 "Name another output directory."
             )
         return
-    try:
-        held = json.loads(record.read_text(encoding="utf-8"))
-        there = RunIdentity({}, held["settings"], held["fingerprints"]).values
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{record} cannot be read ({error!r}). Name another output directory.") from error
-    asked = json.loads(json.dumps(identity.values))
+    there, asked = _identity_there(directory), _plain_values(identity)
+    if there is None:
+        raise UserError(f"{directory / LINEAGE} cannot be read. Name another output directory.")
+    if not (directory / WEIGHTS).is_file() and not (directory / METRICS).is_file():
+        return
     differing = [
         f"{name} is {_short(there.get(name))} there and {_short(asked.get(name))} here"
         for name in sorted({*there, *asked})
@@ -105,25 +115,42 @@ def check_unclaimed(directory: Path, identity: RunIdentity) -> None:
         )
 
 
+def _identity_there(directory: Path) -> dict[str, Any] | None:
+    """What makes the run in `directory` that run; None where nothing readable says so."""
+    try:
+        held = json.loads((directory / LINEAGE).read_text(encoding="utf-8"))
+        return RunIdentity({}, held["settings"], held["fingerprints"]).values
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None
+
+
+def _plain_values(identity: RunIdentity) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(identity.values)))
+
+
 def finished_fit(directory: Path) -> FitSummary | None:
-    """The summary of the fit that `directory` holds, or None where it was not finished."""
+    """The summary of the fit that `directory` holds, or None where it was not finished or its weights are gone."""
     from finetune_dataflow.engine.training import FitSummary
 
-    if not (directory / HISTORY).is_file():
+    if not (directory / HISTORY).is_file() or not (directory / WEIGHTS).is_file():
         return None
     last = files.read_json_lines(directory / HISTORY)[-1:]
-    if not last or last[0]["event"] != "end":
+    names = [each.name for each in fields(FitSummary)]
+    if not last or last[0]["event"] != "end" or not set(names) <= set(last[0]):
         return None
-    return FitSummary(**{each.name: last[0][each.name] for each in fields(FitSummary)})  # type: ignore[arg-type]  # JSON
+    return FitSummary(**{name: last[0][name] for name in names})  # type: ignore[arg-type]  # JSON
 
 
-def finished_metrics(directory: Path, evaluation: dict[str, Any]) -> dict[str, Any] | None:
-    """The metrics of the run that `directory` holds, or None where no evaluation with these settings was finished."""
-    path = directory / METRICS
-    if not path.is_file():
+def finished_metrics(directory: Path, identity: RunIdentity, evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    """The metrics of the run that `directory` holds, or None where no evaluation like this one was finished."""
+    fitted_here = "adapter" not in identity.fingerprints
+    if _identity_there(directory) != _plain_values(identity) or (fitted_here and not (directory / WEIGHTS).is_file()):
         return None
-    lineage = json.loads((directory / LINEAGE).read_text(encoding="utf-8"))
-    return json.loads(path.read_text(encoding="utf-8")) if lineage.get("evaluation") == evaluation else None
+    try:
+        metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return None
+    return metrics if isinstance(metrics, dict) and metrics.get("evaluation") == evaluation else None
 
 
 def _short(value: object) -> str:

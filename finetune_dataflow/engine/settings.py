@@ -8,6 +8,7 @@ from typing import Literal
 
 from finetune_dataflow.errors import UserError
 
+SMALLEST_SHARE = 1e-6
 LongRows = Literal["truncate_prompt", "drop", "error"]
 
 
@@ -21,11 +22,12 @@ class SplitSettings:
 
     def __post_init__(self) -> None:
         """Raise UserError where a share is not within (0, 1) or nothing is left for the hold-out."""
+        require("random_state", self.random_state, 0 <= self.random_state < 2**32, "a whole number from 0 to 4294967295")
         for name in ("train_size", "validation_size"):
             value = getattr(self, name)
-            require(name, value, 0 < value < 1, "a share of all rows above 0 and below 1")
+            require(name, value, SMALLEST_SHARE <= value < 1, "a share of all rows above 0 and below 1")
         left = 1 - self.train_size - self.validation_size
-        if left < 1e-9:
+        if left < SMALLEST_SHARE:
             raise UserError(
                 f"train_size={self.train_size} and validation_size={self.validation_size} leave no rows for the "
                 "hold-out. Their sum must be below 1."

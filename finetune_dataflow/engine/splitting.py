@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import unicodedata
+from collections.abc import Iterable
 
 import pandas as pd
 
@@ -23,6 +24,16 @@ def position(text: str, random_state: int) -> float:
     """The place of a text in [0, 1), uniform over texts, fixed by the seed and the normalised text alone."""
     digest = hashlib.sha256(f"{random_state}\0{normalised(text)}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56
+
+
+def identities(texts: Iterable[str]) -> frozenset[str]:
+    """What stands for each text where the text itself need not be kept: 16 hexadecimal digits of its normalised form's hash."""
+    return frozenset(hashlib.sha256(normalised(text).encode()).hexdigest()[:16] for text in texts)
+
+
+def seen(texts: Iterable[str], used: frozenset[str]) -> int:
+    """How many of the texts are among those used."""
+    return sum(not identities([text]).isdisjoint(used) for text in texts)
 
 
 def sides(texts: pd.Series, settings: SplitSettings) -> pd.Series:

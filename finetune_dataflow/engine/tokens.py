@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,8 @@ class TokenColumns:
     labels: int32 [total]; the token's own id where it is learned, -100 elsewhere (not shifted).
     prompt_lengths: int32 [n]; the first tokens of a row are exactly those that generation is fed.
     truncated: bool [n]; True where the input text was cut to fit `max_seq_length`.
+    joint_differs: bool [n]; True where tokenising prompt and reply as one text would give other ids.
+    skipped_turns: int32 [n]; earlier replies that could not be learned.
     dropped: the rows that were left out.
     """
 
@@ -38,7 +41,16 @@ class TokenColumns:
     labels: NDArray[np.int32]
     prompt_lengths: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    joint_differs: NDArray[np.bool_]
+    skipped_turns: NDArray[np.int32]
     dropped: tuple[DroppedRow, ...] = ()
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over everything in the columns."""
+        digest = hashlib.sha256(repr(self.dropped).encode())
+        for each in (self.rows, self.offsets, self.input_ids, self.labels, self.prompt_lengths, self.truncated):
+            digest.update(f"{each.dtype}{each.shape}".encode() + each.tobytes())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         """The number of rows that are used."""
@@ -69,23 +81,39 @@ class TokenColumns:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One row's tokens before they join the columns."""
+    """One row's tokens before they join the columns.
+
+    prompt: the ids that generation is fed. prompt_labels: what is learned of them, -100 everywhere where not given.
+    reply: the ids of the last reply with the tokens that end its turn; all are learned.
+    joint_differs: True where tokenising prompt and reply as one text would give other ids.
+    skipped_turns: earlier replies that should be learned, but that the template writes otherwise than a last one.
+    """
 
     row: int
     prompt: Sequence[int]
     reply: Sequence[int]
     truncated: bool = False
+    prompt_labels: Sequence[int] | None = None
+    joint_differs: bool = False
+    skipped_turns: int = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row, prompt and reply together."""
+        return len(self.prompt) + len(self.reply)
 
 
 def token_columns(encoded: Sequence[EncodedRow], dropped: Sequence[DroppedRow] = ()) -> TokenColumns:
-    """The columns of some encoded rows, with the prompt masked: -100 on it, every reply token its own label."""
-    lengths = [len(each.prompt) + len(each.reply) for each in encoded]
+    """The columns of some encoded rows: labels as the rows say, and every token of the last reply its own label."""
+    lengths = [each.length for each in encoded]
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     input_ids = np.zeros(offsets[-1], np.int32)
     labels = np.full(offsets[-1], IGNORED, np.int32)
     for each, start, end in zip(encoded, offsets[:-1], offsets[1:], strict=True):
         reply_start = start + len(each.prompt)
         input_ids[start:reply_start] = each.prompt
+        if each.prompt_labels is not None:
+            labels[start:reply_start] = each.prompt_labels
         input_ids[reply_start:end] = each.reply
         labels[reply_start:end] = each.reply
     return TokenColumns(
@@ -95,5 +123,7 @@ def token_columns(encoded: Sequence[EncodedRow], dropped: Sequence[DroppedRow] =
         labels=labels,
         prompt_lengths=np.array([len(each.prompt) for each in encoded], np.int32),
         truncated=np.array([each.truncated for each in encoded], np.bool_),
+        joint_differs=np.array([each.joint_differs for each in encoded], np.bool_),
+        skipped_turns=np.array([each.skipped_turns for each in encoded], np.int32),
         dropped=tuple(dropped),
     )

@@ -76,6 +76,7 @@ def fit(
     settings: FitSettings,
     run_directory: Path,
     adapter_config: dict[str, object],
+    used_inputs: frozenset[str] = frozenset(),
 ) -> FitSummary:
     """Fit an adapter and keep the one with the best validation loss in `<run_directory>/adapters`.
 
@@ -93,6 +94,7 @@ def fit(
         "lora_parameters": adapters.lora_parameters(settings),
     }
     adapters.save_config(directory, {**parameters, **adapter_config})
+    adapters.save_used_inputs(directory, used_inputs)
     with (run_directory / HISTORY).open("w", encoding="utf-8") as history:
         summary = _Fit(model, train, validation, settings, directory, history).run()
         _record(history, event="end", **asdict(summary))
@@ -114,6 +116,7 @@ class _Fit:
         self.model, self.settings, self.directory, self.history = model, settings, directory, history
         self.train, self.validation = train, validation
         self.steps = total_steps(len(train), settings)
+        self.batch_size = min(settings.batch_size, len(train))  # lines of a batch; more would only pad
         self.per_epoch = math.ceil(len(train) / settings.batch_size)
         self.optimizer = optimizers.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
         model.eval()  # dropout would make the two paths differ
@@ -177,7 +180,7 @@ class _Fit:
             epoch, place = divmod(step, self.per_epoch)
             if place == 0:
                 order = epoch_order(self.train, settings.batch_size, settings.random_state, epoch)
-            yield batch(self.train, order[place], settings.batch_size, ladder)
+            yield batch(self.train, order[place], self.batch_size, ladder)
 
     def _update(self, step: int, current: Batch) -> float:
         self.optimizer.learning_rate = learning_rate(step, self.steps, self.settings)
@@ -187,21 +190,24 @@ class _Fit:
         value = loss.item()
         if not math.isfinite(value):
             rows = ", ".join(str(self.train.rows[index]) for index in current.indices)
-            raise UserError(
-                f"The loss of update {step + 1} is {value}, on rows {rows}. Lower learning_rate, or look at these rows. "
-                f"The best adapter so far (update {self.best_step}) is in {self.directory}."
-            )
+            raise UserError(f"The loss of update {step + 1} is {value}, on rows {rows}. {self._remedy()}")
         self.optimizer.update(self.model, gradient)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         return value
 
+    def _remedy(self) -> str:
+        kept = f" The best adapter so far (update {self.best_step}) is in {self.directory}." if self.best_loss < math.inf else ""
+        return f"Lower learning_rate or lora_scale, or look at the rows.{kept}"
+
     def _validation_due(self, done: int) -> bool:
-        place, evaluations = done % self.per_epoch or self.per_epoch, self.settings.evals_per_epoch
+        place, evaluations = done % self.per_epoch or self.per_epoch, min(self.settings.evals_per_epoch, self.per_epoch)
         due = {math.ceil(self.per_epoch * each / evaluations) for each in range(1, evaluations + 1)}
         return place in due or done == self.steps
 
     def _validate(self, step: int) -> float:
-        loss = mean_loss(self.model, self.validation, self.settings.batch_size, self.path)
+        loss = mean_loss(self.model, self.validation, self.batch_size, self.path)
+        if not math.isfinite(loss):
+            raise UserError(f"The validation loss before update {step + 1} is {loss}. {self._remedy()}")
         self.model.train()
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, step
