@@ -15,7 +15,7 @@ run: $(VENV)/base
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks tests
+	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples tests tests_full
 	$(PY) -m pytest tests
 
 test-full: $(VENV)/dev

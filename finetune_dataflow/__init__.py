@@ -11,11 +11,12 @@ Every function below is a node of an Apache Hamilton graph; its parameters name 
 """
 
 # ruff: noqa: F401, I001 -- re-exported, in the order of execution, which is the order to read them in
-from finetune_dataflow.dataset import data_source, dataset_fingerprint, records
-from finetune_dataflow.splits import hold_out_set, row_sides, split_settings, train_set, validation_set
-from finetune_dataflow.prompts import conversations, prompt_settings
+from finetune_dataflow.dataset import data_source, dataset_fingerprint, records, shaped_rows, source_rows
+from finetune_dataflow.splits import hold_out_set, leaking_rows, row_sides, split_settings, train_set, validation_set
+from finetune_dataflow.prompts import chat_template, conversations, prompt_settings
 from finetune_dataflow.base_model import base_model_fingerprint, base_model_name, base_model_path
 from finetune_dataflow.tokenization import row_ledger, set_tokens, tokenization_settings
+from finetune_dataflow.audit import data_quality, hold_out_audit, label_audit
 from finetune_dataflow.lineage import (
     config_file,
     evaluation_identity,
@@ -57,6 +58,8 @@ from finetune_dataflow.evaluation import (
     verdict,
 )
 from finetune_dataflow.export import (
+    hold_out_inputs_file,
+    label_audit_file,
     metrics_file,
     predictions_file,
     row_ledger_file,

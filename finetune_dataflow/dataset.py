@@ -1,4 +1,4 @@
-"""From a data file to records: one row a question and its reply, every row accounted for."""
+"""From a data source to records: one row a question and its reply, every row accounted for."""
 
 from __future__ import annotations
 
@@ -7,43 +7,85 @@ from dataclasses import dataclass
 import pandas as pd
 
 from finetune_dataflow import engine
+from finetune_dataflow.engine.shapes import ShapedRows, ShapeSettings
+from finetune_dataflow.engine.sources import Source
 from finetune_dataflow.errors import UserError
 from finetune_dataflow.start import checked_start
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Where the rows come from, and which keys hold the texts."""
+    """Where the rows come from, and how a row is read."""
 
     data_path: str
     input_text_key: str
     output_text_key: str
+    context_key: str
+    group_key: str
+    row_shape: str
+    object_format: str
 
 
 @checked_start
-def data_source(data_path: str, input_text_key: str, output_text_key: str) -> DataSource:
-    """The data file and the two keys that hold the input text and the output text of a row.
+def data_source(
+    data_path: str,
+    input_text_key: str = "",
+    output_text_key: str = "",
+    context_key: str = "",
+    group_key: str = "",
+    row_shape: str = "auto",
+    object_format: str = "json",
+) -> DataSource:
+    """Where the rows come from, and how a row is read.
 
     Inputs:
-        data_path: The data file: a JSON list of objects, or JSON lines.
-        input_text_key: The key of the text that the model is given.
-        output_text_key: The key of the text that the model learns to reply.
+        data_path: The data: a JSON, JSON lines, CSV or Parquet file, a directory with train/valid/test files or a saved
+            Hugging Face dataset, a dataset of the hub (owner/name), or a URL of fsspec (s3://, https://, ...).
+        input_text_key: The key of the text that the model is given; empty where the rows' shape says it.
+        output_text_key: The key of the text that the model learns to reply; empty where the rows' shape says it.
+        context_key: The key of further text for the prompt, a text or a list of texts.
+        group_key: The key of what must stay on one side of the split: a customer, a thread.
+        row_shape: The shape of the rows: auto (found out), key_mapping, prompt_completion, messages, text, input_output,
+            context_response, sharegpt or alpaca.
+        object_format: How an input that is itself an object becomes text: json, or labelled.
     """
-    if input_text_key == output_text_key:
+    if input_text_key and input_text_key == output_text_key:
         raise UserError(f"input_text_key and output_text_key are both {input_text_key!r}. Expected two different keys.")
-    return DataSource(data_path, input_text_key, output_text_key)
+    return DataSource(data_path, input_text_key, output_text_key, context_key, group_key, row_shape, object_format)
 
 
-def records(data_source: DataSource) -> pd.DataFrame:
-    """Every row of the data file: `row` (its number, from 1), `input_text`, `output_text`.
+def source_rows(data_source: DataSource) -> Source:
+    """Every row of the data as it stands there, with its number, and its set where the data says one.
 
-    Raises UserError naming the file and the rows that are no objects, lack a key, or hold no text under it.
+    Raises UserError naming the file and the place where it cannot be read.
     """
-    path = engine.files.user_path(data_source.data_path)
-    pairs = engine.rows.text_pairs(path, engine.rows.read_rows(path), data_source.input_text_key, data_source.output_text_key)
-    return pd.DataFrame(pairs, columns=["row", "input_text", "output_text"])
+    return engine.sources.read_source(data_source.data_path)
+
+
+def shaped_rows(source_rows: Source, data_source: DataSource) -> ShapedRows:
+    """Every row read as a record of one shape: texts, contexts, messages. What was left out is named with its reason.
+
+    Raises UserError naming the rows that lack a key, hold no text under it, or are of another shape than the others.
+    """
+    source = data_source
+    settings = ShapeSettings(
+        source.row_shape,
+        source.input_text_key,
+        source.output_text_key,
+        source.context_key,
+        source.group_key,
+        source.object_format,
+    )
+    return engine.shapes.records(source_rows, settings)
+
+
+def records(shaped_rows: ShapedRows) -> pd.DataFrame:
+    """A row a record: `row` (its number, from 1), `input_text`, `output_text`, `identity` (what the split goes by), and
+    `contexts`, `messages`, `tools`, `columns`, `group`, `side` where the data has them.
+    """
+    return engine.records.table(shaped_rows)
 
 
 def dataset_fingerprint(records: pd.DataFrame) -> str:
-    """The SHA-256 of the records' texts in their order; the file's formatting does not count."""
-    return engine.files.fingerprint(records[["input_text", "output_text"]].to_numpy().tolist())
+    """The SHA-256 of the records in their order; the file's formatting does not count."""
+    return engine.records.fingerprint(records)

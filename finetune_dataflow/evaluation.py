@@ -95,15 +95,15 @@ def comparison(
 @config.when(start="base")
 def seen_rows__base(train_set: pd.DataFrame, validation_set: pd.DataFrame, hold_out_set: pd.DataFrame) -> int | None:
     """How many hold-out rows have an input that the fit used; 0 by the split, unless a set was overridden."""
-    used = engine.splitting.identities([*train_set["input_text"], *validation_set["input_text"]])
-    return engine.splitting.seen(hold_out_set["input_text"], used)
+    used = engine.splitting.hashes([*engine.records.identities(train_set), *engine.records.identities(validation_set)])
+    return engine.splitting.seen(engine.records.identities(hold_out_set), used)
 
 
 @config.when(start="presaved")
 def seen_rows__presaved(evaluated_adapter: Path, hold_out_set: pd.DataFrame) -> int | None:
     """How many hold-out rows have an input that the adapter's fit used; None where the adapter does not say."""
     used = engine.adapters.used_inputs(evaluated_adapter)
-    return None if used is None else engine.splitting.seen(hold_out_set["input_text"], used)
+    return None if used is None else engine.splitting.seen(engine.records.identities(hold_out_set), used)
 
 
 def verdict(hold_out_comparison: dict[str, dict[str, Any]], hold_out_tokens: TokenColumns, seen_rows: int | None) -> str:

@@ -9,6 +9,7 @@ import pandas as pd
 from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
+from finetune_dataflow.engine.audit import LabelAudit
 
 
 def row_ledger_file(run_directory: Path, row_ledger: pd.DataFrame) -> Path:
@@ -16,6 +17,20 @@ def row_ledger_file(run_directory: Path, row_ledger: pd.DataFrame) -> Path:
     text = engine.files.json_lines(row_ledger.to_dict("records"))
     metrics = run_directory / engine.run_directory.METRICS
     return engine.files.write_if_changed(run_directory / "row_ledger.jsonl", text, invalidated=metrics)
+
+
+def label_audit_file(run_directory: Path, label_audit: LabelAudit) -> Path:
+    """label_audit.html: what is learned, in figures and in three rows with what is learned marked."""
+    path = run_directory / "label_audit.html"
+    return engine.files.write_if_changed(path, label_audit.html(), invalidated=run_directory / engine.run_directory.METRICS)
+
+
+def hold_out_inputs_file(run_directory: Path, hold_out_set: pd.DataFrame) -> Path:
+    """hold_out_inputs.txt: the hold-out's inputs as hashes, so that a later fit can tell that it trains on them."""
+    kept = sorted(engine.splitting.hashes(engine.records.identities(hold_out_set)))
+    text = "".join(f"{each}\n" for each in kept)
+    path = run_directory / engine.run_directory.HOLD_OUT_INPUTS
+    return engine.files.write_if_changed(path, text, invalidated=run_directory / engine.run_directory.METRICS)
 
 
 def predictions_file(run_directory: Path, hold_out_predictions: pd.DataFrame) -> Path:
@@ -26,7 +41,13 @@ def predictions_file(run_directory: Path, hold_out_predictions: pd.DataFrame) ->
 
 
 def metrics_file(
-    run_directory: Path, run_metrics: dict[str, Any], predictions_file: Path, row_ledger_file: Path, config_file: Path
+    run_directory: Path,
+    run_metrics: dict[str, Any],
+    predictions_file: Path,
+    row_ledger_file: Path,
+    config_file: Path,
+    label_audit_file: Path,
+    hold_out_inputs_file: Path,
 ) -> Path:
     """metrics.json: the scores of base and tuned model. Written last, so that its presence says the run is whole."""
     return engine.files.write_json(run_directory / engine.run_directory.METRICS, run_metrics)

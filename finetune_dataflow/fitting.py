@@ -11,6 +11,7 @@ import pandas as pd
 from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
+from finetune_dataflow.engine.audit import LabelAudit
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.settings import FitSettings
 from finetune_dataflow.engine.tokens import TokenColumns
@@ -80,21 +81,25 @@ def finished_fit__base(
     validation_tokens: TokenColumns,
     fit_settings: FitSettings,
     run_identity: RunIdentity,
+    label_audit: LabelAudit,
     train_set: pd.DataFrame,
     validation_set: pd.DataFrame,
     output_dir: str = "",
 ) -> FinishedFit:
     """The fit, done: its adapter stands in the run directory. A directory with the same fit finished is taken as it is.
 
+    It takes the label audit so that nothing is trained on labels that the audit refuses.
+
     Inputs:
         output_dir: The directory of the run; empty for runs/<name of the data file>-<8 digits of the run's fingerprint>.
 
     Raises UserError where the directory holds another run, or is in use by one.
     """
-    used = engine.splitting.identities([*train_set["input_text"], *validation_set["input_text"]])
+    used = engine.splitting.hashes([*engine.records.identities(train_set), *engine.records.identities(validation_set)])
     with engine.run_directory.held(output_dir, run_identity) as directory:
         summary = engine.run_directory.finished_fit(directory)
         if summary is None:
+            engine.run_directory.warn_of_hold_outs_beside(directory, used)
             if (directory / engine.run_directory.HISTORY).exists():
                 logger.warning("The fit in %s was not finished. It starts again from the first update.", directory)
             summary = engine.training.fit(

@@ -26,9 +26,11 @@ def generation_settings(max_tokens: int = 100, generation_batch_size: int = 32) 
     validation_base_replies={"tokens": source("validation_tokens")},
     hold_out_base_replies={"tokens": source("hold_out_tokens")},
 )
-def base_replies(tokens: TokenColumns, base_model_path: Path, generation_settings: GenerationSettings) -> list[str]:
+def base_replies(
+    tokens: TokenColumns, base_model_path: Path, chat_template: str, generation_settings: GenerationSettings
+) -> list[str]:
     """The base model's greedy reply to each prompt of {tokens}."""
-    return _replies(tokens, base_model_path, None, generation_settings)
+    return _replies(tokens, base_model_path, chat_template, None, generation_settings)
 
 
 @parameterize(
@@ -36,14 +38,20 @@ def base_replies(tokens: TokenColumns, base_model_path: Path, generation_setting
     hold_out_tuned_replies={"tokens": source("hold_out_tokens")},
 )
 def tuned_replies(
-    tokens: TokenColumns, base_model_path: Path, evaluated_adapter: Path, generation_settings: GenerationSettings
+    tokens: TokenColumns,
+    base_model_path: Path,
+    chat_template: str,
+    evaluated_adapter: Path,
+    generation_settings: GenerationSettings,
 ) -> list[str]:
     """The tuned model's greedy reply to each prompt of {tokens}."""
-    return _replies(tokens, base_model_path, evaluated_adapter, generation_settings)
+    return _replies(tokens, base_model_path, chat_template, evaluated_adapter, generation_settings)
 
 
-def _replies(tokens: TokenColumns, base_model_path: Path, adapter: Path | None, settings: GenerationSettings) -> list[str]:
-    encoder = engine.chat.load_encoder(base_model_path)
+def _replies(
+    tokens: TokenColumns, base_model_path: Path, chat_template: str, adapter: Path | None, settings: GenerationSettings
+) -> list[str]:
+    encoder = engine.chat.load_encoder(base_model_path, chat_template)
     prompts = [tokens.prompt(index) for index in range(len(tokens))]
     replies = engine.generation.greedy_replies(base_model_path, adapter, prompts, encoder, settings)
     return [encoder.reply_text(reply.token_ids) for reply in replies]

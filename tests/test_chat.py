@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from finetune_dataflow.engine.chat import ChatEncoder, Conversation, encode_conversations, load_encoder
+from finetune_dataflow.engine.settings import Learned
 from finetune_dataflow.errors import UserError
 from tests.tiny_model import IM_END, IM_START, chatml_ids, write_tiny_model
 
@@ -117,3 +118,60 @@ def test_a_template_that_refuses_a_role_is_told(tmp_path: Path) -> None:
     encoder = load_encoder(write_tiny_model(tmp_path / "model", template=refusing))
     with pytest.raises(UserError, match="no system here"):
         encoder.prompt_ids([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+
+TURNS = ({"role": "user", "content": "A"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "C"})
+SECOND_TURN = [IM_START, *b"user\nC", IM_END, *b"\n", IM_START, *b"assistant\n"]
+
+
+def test_every_reply_of_a_conversation_is_learned_with_its_end_of_turn(encoder: ChatEncoder) -> None:
+    columns = encode_conversations(encoder, [Conversation(1, TURNS, "d")], 99, "error", Learned(every_turn=True))
+    assert columns.row_ids(0).tolist() == [*chatml_ids("A"), *b"b", IM_END, *b"\n", *SECOND_TURN, *b"d", IM_END]
+    masked, second = [-100] * len(chatml_ids("A")), [-100] * (1 + len(SECOND_TURN))
+    assert columns.row_labels(0).tolist() == [*masked, *b"b", IM_END, *second, *b"d", IM_END]
+    assert columns.prompt(0) == encoder.prompt_ids(TURNS)
+
+
+def test_only_the_last_reply_is_learned_where_that_is_asked(encoder: ChatEncoder) -> None:
+    columns = encode_conversations(encoder, [Conversation(1, TURNS, "d")], 99, "error", Learned())
+    assert [label for label in columns.row_labels(0).tolist() if label != -100] == [*b"d", IM_END]
+
+
+def test_every_reply_is_learned_around_control_strings_too(encoder: ChatEncoder) -> None:
+    hostile = ({"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "b<|im_start|>"}, TURNS[2])
+    columns = encode_conversations(encoder, [Conversation(1, hostile, "d")], 199, "error", Learned(every_turn=True))
+    learned = [label for label in columns.row_labels(0).tolist() if label != -100]
+    assert learned == [*b"b<|im_start|>", IM_END, *b"d", IM_END]
+
+
+def test_the_whole_prompt_is_learned_where_it_is_not_masked(encoder: ChatEncoder) -> None:
+    columns = encode_conversations(encoder, [conversation("Hi", "Yo")], 64, "error", Learned(whole_prompt=True))
+    assert columns.row_labels(0).tolist() == columns.row_ids(0).tolist()
+
+
+def test_a_text_alone_is_learned_after_a_start_token_and_ends_with_the_end_of_turn(encoder: ChatEncoder) -> None:
+    columns = encode_conversations(encoder, [Conversation(1, (), "a text")], 64, "error")
+    assert columns.row_ids(0).tolist() == [IM_END, *b"a text", IM_END]
+    assert columns.row_labels(0).tolist() == [-100, *b"a text", IM_END]
+
+
+def test_self_supervised_leaves_the_prompt_out(encoder: ChatEncoder) -> None:
+    columns = encode_conversations(encoder, [conversation("Hi", "Yo")], 64, "error", Learned(text_alone=True))
+    assert columns.row_ids(0).tolist() == [IM_END, *b"Yo", IM_END]
+
+
+def test_a_long_conversation_loses_its_oldest_turns_first(encoder: ChatEncoder) -> None:
+    longest = len(chatml_ids("C")) + 2
+    columns = encode_conversations(encoder, [Conversation(1, TURNS, "d")], longest, "truncate_prompt")
+    assert columns.row_ids(0).tolist() == [*chatml_ids("C"), *b"d", IM_END] and columns.truncated[0]
+
+
+def test_a_template_that_rewrites_earlier_replies_is_counted(tmp_path: Path) -> None:
+    """Some templates take the thinking out of earlier turns: then only the last reply can be learned as it is generated."""
+    rewriting = (
+        "{% for m in messages %}{% if m['role'] == 'user' and not loop.last %}{{ 'old' }}{% endif %}"
+        "{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    )
+    encoder = load_encoder(write_tiny_model(tmp_path / "model", template=rewriting))
+    columns = encode_conversations(encoder, [Conversation(1, TURNS, "d")], 99, "error", Learned(every_turn=True))
+    assert columns.skipped_turns.tolist() == [1]

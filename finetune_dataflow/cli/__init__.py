@@ -17,21 +17,24 @@ usage: run.py [COMMAND] [options]
 commands:
   train      the main job (also without a command): fit, evaluate base and tuned model, give the verdict
   evaluate   evaluate an adapter that was saved before: --adapter DIR
+  plan       everything before the fit: what was read, the split, the data's quality, what is learned
   inputs     every input with its type, default and meaning (--markdown: as a table)
   graph      draw the dataflow as an SVG: --start base|presaved --out FILE
 
-options of train and evaluate:
-  --data FILE                  the data file, a JSON list or JSON lines (default: the example, where none is named)
+options of train, evaluate and plan:
+  --data FILE                  the data: JSON, CSV, Parquet, a directory, a URL (default: the example, where none is named)
   --input-text-key KEY         the key of the text that the model is given
   --output-text-key KEY        the key of the text that it learns to reply
   --NAME VALUE                 any input, as `run.py inputs` lists them; --set NAME=VALUE is the same
   -c, --config FILE            inputs from a YAML file; options given beside it win
   --start base|presaved        fit, then evaluate (default), or evaluate the adapter in --adapter-path
   --out DIR                    the directory of the run (default: runs/<data file>-<fingerprint>)
+  --module FILE                a Python file whose functions are added to the graph or take the place of its nodes
+  --allow-code                 let a YAML replace nodes by functions that it names
   -h, --help                   this text
 """
 
-COMMANDS = ("train", "evaluate", "inputs", "graph")
+COMMANDS = ("train", "evaluate", "plan", "inputs", "graph")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,8 +70,10 @@ def _run(arguments: list[str]) -> int:
         from finetune_dataflow.cli.graph import draw
 
         return draw(arguments)
-    from finetune_dataflow.cli.train import train
+    from finetune_dataflow.cli.train import plan, train
 
+    if command == "plan":
+        return plan(arguments)
     return train(arguments, "presaved" if command == "evaluate" else None)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from finetune_dataflow import engine
 from finetune_dataflow.cli.options import build_driver
@@ -11,9 +12,9 @@ from finetune_dataflow.errors import UserError
 from finetune_dataflow.start import STARTS
 
 
-def dot_source(start: str) -> str:
+def dot_source(start: str, modules: Sequence[ModuleType] = ()) -> str:
     """The graph that `start` names in Graphviz's DOT language, the same on every call."""
-    picture = build_driver(start).display_all_functions(
+    picture = build_driver(start, modules).display_all_functions(
         deduplicate_inputs=True,
         show_legend=False,
         graphviz_kwargs={"graph_attr": {"ranksep": "0.4", "nodesep": "0.15"}},

@@ -10,12 +10,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
 from hamilton import driver
 
 import finetune_dataflow
+from finetune_dataflow.cli.modules import own_modules
 from finetune_dataflow.errors import UserError, nearest
 from finetune_dataflow.start import STARTS
 
@@ -52,11 +54,13 @@ class Options:
 
     start: str
     inputs: dict[str, Any]
+    modules: tuple[ModuleType, ...] = ()
 
 
-def build_driver(start: str) -> driver.Driver:
-    """The driver of the graph that `start` names."""
-    return driver.Builder().with_config({"start": start}).with_modules(finetune_dataflow).build()
+def build_driver(start: str, modules: Sequence[ModuleType] = ()) -> driver.Driver:
+    """The driver of the graph that `start` names, with a user's own modules over ours."""
+    builder = driver.Builder().with_config({"start": start}).with_modules(finetune_dataflow, *modules)
+    return (builder.allow_module_overrides() if modules else builder).build()
 
 
 def graph_inputs(dr: driver.Driver) -> dict[str, Input]:
@@ -77,8 +81,10 @@ def parse(arguments: Sequence[str], start: str | None = None) -> Options:
 
     `start` is what the command itself means; then no option may say otherwise.
     """
+    files, allow_code, arguments = _code_options(arguments)
     given, named_start, config = _words(arguments)
     from_file = _yaml_values(Path(config)) if config else {}
+    modules = own_modules(files, from_file.pop("replace", None), allow_code)
     named_start = named_start or from_file.get("start")
     from_file.pop("start", None)
     if start is not None and named_start not in (None, start):
@@ -86,7 +92,7 @@ def parse(arguments: Sequence[str], start: str | None = None) -> Options:
     start = start or named_start or "base"
     if start not in STARTS:
         raise UserError(f"--start {start!r} is unknown.{nearest(str(start), STARTS)} Expected base or presaved.")
-    known = graph_inputs(build_driver(start))
+    known = graph_inputs(build_driver(start, modules))
     problems: list[str] = []
     inputs: dict[str, Any] = {}
     # The file first: options on the command line win.
@@ -113,7 +119,22 @@ def parse(arguments: Sequence[str], start: str | None = None) -> Options:
         )
     if problems:
         raise UserError("\n".join(problems))
-    return Options(start, inputs)
+    return Options(start, inputs, modules)
+
+
+def _code_options(arguments: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """The files of `--module`, whether `--allow-code` is given, and all other words."""
+    files, others, words = [], [], list(arguments)
+    allow_code = "--allow-code" in words
+    while words:
+        word = words.pop(0)
+        if word == "--module":
+            if not words:
+                raise UserError("--module needs a value.")
+            files.append(words.pop(0))
+        elif word != "--allow-code":
+            others.append(word)
+    return files, allow_code, others
 
 
 def coerced(owner: Input, value: Any) -> Any:
@@ -176,7 +197,7 @@ def _yaml_values(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: expected names with values, found {type(values).__name__}.")
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and name != "replace":
             flat |= {f"{name}.{inner}": each for inner, each in value.items()}
         else:
             flat[str(name)] = value
@@ -203,7 +224,9 @@ def _with_example(inputs: dict[str, Any]) -> dict[str, Any]:
     example = Path(EXAMPLE)
     if not example.is_file():
         example = Path(finetune_dataflow.__file__).parent.parent / EXAMPLE
-    return {"data_path": str(example), **EXAMPLE_INPUTS, **inputs} if example.is_file() else inputs
+    if not example.is_file() or {"input_text_key", "output_text_key", "row_shape"} & {*inputs}:
+        return inputs
+    return {"data_path": str(example), **EXAMPLE_INPUTS, **inputs}
 
 
 def _meaning(function: types.FunctionType | typing.Callable[..., Any], name: str) -> str:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from finetune_dataflow.engine.settings import Learned
 from finetune_dataflow.engine.tokens import IGNORED, DroppedRow, EncodedRow, TokenColumns, token_columns
 from finetune_dataflow.errors import UserError
 
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BORDER = 64  # characters on either side of the border between prompt and reply that tokens could reach over
-
-
-@dataclass(frozen=True)
-class Learned:
-    """Which tokens of a conversation are learned besides its last reply, which always is.
-
-    text_alone: the reply is all there is; no prompt, no template. whole_prompt: the prompt, too. every_turn: earlier
-    replies, too.
-    """
-
-    text_alone: bool = False
-    whole_prompt: bool = False
-    every_turn: bool = False
 
 
 COMPLETION_ONLY = Learned()
@@ -68,14 +56,14 @@ def load_encoder(tokenizer_directory: Path, template: str = "") -> ChatEncoder:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"The tokenizer in {tokenizer_directory} cannot be read: {error}") from error
     if template:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
         raise UserError(
             f"The tokenizer in {tokenizer_directory} has no chat template, which says how a conversation is written. "
-            "Expected an instruction-tuned model."
+            "Name a prompt_format (docs/prompts.md lists them), or a Jinja file."
         )
     return ChatEncoder(tokenizer)
 
@@ -140,7 +128,7 @@ class ChatEncoder:
         Earlier replies are learned, too, where `learned.every_turn` says so; each with the token that ends its turn.
         """
         reply = self.reply_ids(conversation.reply)
-        if learned.text_alone:
+        if learned.text_alone or not conversation.prompt:
             return EncodedRow(conversation.row, self.start_ids, reply)
         rendered, restore = self._protected(conversation.prompt, conversation.tools)
         encoded = self._encoded(rendered, restore)

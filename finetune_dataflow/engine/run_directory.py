@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
     from finetune_dataflow.engine.training import FitSummary
 
 HISTORY, LINEAGE, METRICS = "metrics.jsonl", "lineage.json", "metrics.json"
+HOLD_OUT_INPUTS = "hold_out_inputs.txt"
 WEIGHTS = Path("adapters") / "adapters.safetensors"
 OWN_FILES = (HISTORY, LINEAGE, METRICS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "adapters")
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,20 @@ def finished_fit(directory: Path) -> FitSummary | None:
     if not last or last[0]["event"] != "end" or not set(names) <= set(last[0]):
         return None
     return FitSummary(**{name: last[0][name] for name in names})  # type: ignore[arg-type]  # JSON
+
+
+def warn_of_hold_outs_beside(directory: Path, used: frozenset[str]) -> None:
+    """Say which runs beside `directory` hold out inputs that this fit uses: their verdicts do not bind its adapter."""
+    for path in sorted(directory.resolve().parent.glob(f"*/{HOLD_OUT_INPUTS}")):
+        if path.parent == directory.resolve():
+            continue
+        met = used & set(path.read_text(encoding="utf-8").split())
+        if met:
+            logger.warning(
+                "This fit uses %d inputs that are hold-out rows of the run %s: compare the two on other rows.",
+                len(met),
+                path.parent,
+            )
 
 
 def finished_metrics(directory: Path, identity: RunIdentity, evaluation: dict[str, Any]) -> dict[str, Any] | None:

@@ -13,12 +13,26 @@ LongRows = Literal["truncate_prompt", "drop", "error"]
 
 
 @dataclass(frozen=True)
+class Learned:
+    """Which tokens of a conversation are learned besides its last reply, which always is.
+
+    text_alone: the reply is all there is; no prompt, no template. whole_prompt: the prompt, too. every_turn: earlier
+    replies, too.
+    """
+
+    text_alone: bool = False
+    whole_prompt: bool = False
+    every_turn: bool = False
+
+
+@dataclass(frozen=True)
 class SplitSettings:
     """How rows are dealt to the three sets. Sizes are shares of all rows; the hold-out is the rest."""
 
     random_state: int
     train_size: float
     validation_size: float
+    near_duplicates: str = "auto"
 
     def __post_init__(self) -> None:
         """Raise UserError where a share is not within (0, 1) or nothing is left for the hold-out."""
@@ -26,6 +40,7 @@ class SplitSettings:
         for name in ("train_size", "validation_size"):
             value = getattr(self, name)
             require(name, value, SMALLEST_SHARE <= value < 1, "a share of all rows above 0 and below 1")
+        require_choice("near_duplicates", self.near_duplicates, ("auto", "drop", "keep"))
         left = 1 - self.train_size - self.validation_size
         if left < SMALLEST_SHARE:
             raise UserError(
@@ -36,22 +51,50 @@ class SplitSettings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """What is put around a row's input text before the tokenizer's chat template wraps it."""
+    """What is put around a row's texts, and how the result is wrapped. Empty means: left alone."""
 
-    system_prompt: str
+    system_prompt: str = ""
+    prompt_format: str = ""
+    input_template: str = ""
+    context_template: str = ""
+    response_template: str = ""
+    few_shot_file: str = ""
+    few_shot_count: int = 0
+    loom_file: str = ""
+    build_prompt: str = ""
+    loom_markers: str = ""
+    loom_language: str = ""
+
+    def __post_init__(self) -> None:
+        """Raise UserError for a negative number of examples."""
+        require("few_shot_count", self.few_shot_count, self.few_shot_count >= 0, "a number of examples, or 0 for all")
 
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """How long a row may be, in tokens, and what happens to a longer one."""
+    """How long a row may be, in tokens, what happens to a longer one, and which tokens are learned."""
 
     max_seq_length: int
     long_rows: str
+    mask_prompt: bool = True
+    train_type: str = "completion-only"
+    assistant_turns: str = "every"
 
     def __post_init__(self) -> None:
         """Raise UserError for a length below 8 tokens or an unknown treatment."""
         require("max_seq_length", self.max_seq_length, self.max_seq_length >= 8, "a number of tokens, 8 or more")
+        require_choice("train_type", self.train_type, ("completion-only", "self-supervised"))
+        require_choice("assistant_turns", self.assistant_turns, ("every", "last"))
         require_choice("long_rows", self.long_rows, LongRows.__args__)  # type: ignore[attr-defined]  # typing hides it
+
+    @property
+    def learned(self) -> Learned:
+        """Which tokens of a conversation are learned."""
+        return Learned(
+            text_alone=self.train_type == "self-supervised",
+            whole_prompt=not self.mask_prompt,
+            every_turn=self.assistant_turns == "every",
+        )
 
 
 @dataclass(frozen=True)
