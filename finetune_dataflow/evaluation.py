@@ -108,7 +108,9 @@ def seen_rows__presaved(evaluated_adapter: Path, hold_out_set: pd.DataFrame) -> 
 
 def verdict(hold_out_comparison: dict[str, dict[str, Any]], hold_out_tokens: TokenColumns, seen_rows: int | None) -> str:
     """One sentence: whether the tuned model is better than the base on rows it never saw, worse, or not clearly either."""
-    return engine.comparison.verdict(hold_out_comparison["difference"]["rougeL"], len(hold_out_tokens), seen_rows)
+    return engine.comparison.verdict(
+        hold_out_comparison["difference"], len(hold_out_tokens), seen_rows, by_loss=int(hold_out_tokens.prompt_lengths.max()) <= 1
+    )
 
 
 def hold_out_predictions(

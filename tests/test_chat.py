@@ -1,6 +1,9 @@
+import json
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from finetune_dataflow.engine.chat import ChatEncoder, Conversation, encode_conversations, load_encoder
 from finetune_dataflow.engine.settings import Learned
@@ -175,3 +178,51 @@ def test_a_template_that_rewrites_earlier_replies_is_counted(tmp_path: Path) -> 
     encoder = load_encoder(write_tiny_model(tmp_path / "model", template=rewriting))
     columns = encode_conversations(encoder, [Conversation(1, TURNS, "d")], 99, "error", Learned(every_turn=True))
     assert columns.skipped_turns.tolist() == [1]
+
+
+def with_bos(directory: Path) -> Path:
+    """The tiny model with a tokenizer that puts <|endoftext|> before every text."""
+    path = directory / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]}},
+    }
+    path.write_text(json.dumps(settings))
+    config = directory / "tokenizer_config.json"
+    config.write_text(config.read_text().replace('"bos_token": "<|im_start|>"', '"bos_token": "<|endoftext|>"'))
+    return directory
+
+
+@pytest.mark.parametrize("written", ["", "{{ bos_token }}"])
+def test_a_beginning_of_sequence_is_neither_lost_nor_doubled_by_a_named_format(written: str, tmp_path: Path) -> None:
+    template = written + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    encoder = load_encoder(with_bos(write_tiny_model(tmp_path / "model")), template)
+    assert encoder.prompt_ids([{"role": "user", "content": "Hi"}]) == [256, *b"Hi"]
+
+
+def test_the_tokenizers_own_template_has_the_last_word_on_the_beginning_of_sequence(tmp_path: Path) -> None:
+    encoder = load_encoder(with_bos(write_tiny_model(tmp_path / "model")))
+    assert encoder.prompt_ids([{"role": "user", "content": "Hi"}]) == chatml_ids("Hi")
+
+
+PIECES = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=30), st.sampled_from(["<|im_end|>", "<|im_start|>"])
+)
+TEXTS = st.lists(PIECES, min_size=1, max_size=4).map("".join)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(st.tuples(TEXTS, TEXTS), min_size=1, max_size=6), longest=st.integers(30, 120))
+def test_any_rows_are_used_or_dropped_and_what_is_learned_is_the_reply(
+    encoder: ChatEncoder, rows: list[tuple[str, str]], longest: int
+) -> None:
+    conversations = [conversation(question, reply, row) for row, (question, reply) in enumerate(rows, start=1)]
+    columns = encode_conversations(encoder, conversations, longest, "truncate_prompt")
+    assert sorted([*columns.rows.tolist(), *(each.row for each in columns.dropped)]) == list(range(1, len(rows) + 1))
+    for index, row in enumerate(columns.rows.tolist()):
+        learned = [label for label in columns.row_labels(index).tolist() if label != -100]
+        assert learned[-1] == IM_END and encoder.decode(learned[:-1]) == rows[row - 1][1]
+        assert columns.prompt(index)[-10:] == [*b"assistant\n"] and len(columns.row_ids(index)) <= longest

@@ -93,9 +93,14 @@ def test_intervals_of_skewed_scores_cover_the_truth_about_as_often_as_they_say()
     [(0.01, 0.2, "is better than"), (-0.2, -0.01, "is worse than"), (-0.01, 0.2, "There is no clear difference")],
 )
 def test_the_verdict_says_better_worse_or_no_clear_difference(low: float, high: float, sentence: str) -> None:
-    assert sentence in verdict({"mean": (low + high) / 2, "low": low, "high": high}, 30, 0)
+    assert sentence in verdict({"rougeL": {"mean": (low + high) / 2, "low": low, "high": high}}, 30, 0)
 
 
 def test_fewer_than_ten_rows_give_no_verdict() -> None:
-    said = verdict({"mean": 0.1, "low": 0.05, "high": 0.2}, 1, 0)
+    said = verdict({"rougeL": {"mean": 0.1, "low": 0.05, "high": 0.2}}, 1, 0)
     assert said == "No verdict: 1 row it never saw is too few to tell; at least 10 are needed."
+
+
+def test_texts_without_a_prompt_are_judged_by_their_loss() -> None:
+    said = verdict({"loss": {"mean": -0.3, "low": -0.4, "high": -0.2}}, 40, 0, by_loss=True)
+    assert said.startswith("The tuned model is better than the base model: its loss is 0.300 lower on 40 rows it never saw")

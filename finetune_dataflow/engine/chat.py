@@ -61,11 +61,13 @@ def load_encoder(tokenizer_directory: Path, template: str = "") -> ChatEncoder:
     if template:
         tokenizer.chat_template = template
     if not tokenizer.chat_template:
+        from finetune_dataflow.engine.formats import FORMATS
+
         raise UserError(
             f"The tokenizer in {tokenizer_directory} has no chat template, which says how a conversation is written. "
-            "Name a prompt_format (docs/prompts.md lists them), or a Jinja file."
+            f"Name a prompt_format: {', '.join(FORMATS)}, or a Jinja file."
         )
-    return ChatEncoder(tokenizer)
+    return ChatEncoder(tokenizer, lead_in=bool(template))
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,12 @@ class EncodedText:
 class ChatEncoder:
     """Encodes prompts and replies for one tokenizer. Training and generation both go through it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Derive the control strings, a tokenizer that knows none of them, and the tokens that end a turn."""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, lead_in: bool = False) -> None:
+        """Derive the control strings, a tokenizer that knows none of them, and the tokens that end a turn.
+
+        `lead_in`: a beginning of sequence that the tokenizer adds to texts is put before a prompt that does not write it: so
+        with a template that knows nothing of this tokenizer. A tokenizer's own template has the last word.
+        """
         from tokenizers import Tokenizer
 
         self._tokenizer = tokenizer
@@ -92,6 +98,9 @@ class ChatEncoder:
         without_controls["added_tokens"] = []
         without_controls["post_processor"] = None  # it may name added tokens; nothing is added to a plain text
         self._plain_tokenizer = Tokenizer.from_str(json.dumps(without_controls))
+        self._lead_in: list[int] = []
+        if lead_in:
+            self._lead_in = [each for each in tokenizer.encode("", add_special_tokens=True)[:1] if each == tokenizer.bos_token_id]
         self.end_of_turn_ids = self._end_of_turn_ids()
 
     @property
@@ -171,6 +180,12 @@ class ChatEncoder:
         return self._rendered(restore.protected, tools, add_generation_prompt=True), restore
 
     def _encoded(self, rendered: str, restore: _Restore) -> EncodedText:
+        """The ids of a rendered prompt, with one beginning of sequence where the tokenizer wants it."""
+        encoded = self._encoded_text(rendered, restore)
+        lead = [] if encoded.ids[:1] == self._lead_in else self._lead_in
+        return EncodedText([*lead, *encoded.ids], [*(0 for _ in lead), *encoded.starts])
+
+    def _encoded_text(self, rendered: str, restore: _Restore) -> EncodedText:
         """The ids of a rendered prompt. Without placeholders it is encoded as a whole."""
         if not restore.found:
             whole = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)

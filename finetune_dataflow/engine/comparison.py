@@ -41,10 +41,11 @@ def comparison(
     }
 
 
-def verdict(difference: dict[str, float], rows: int, seen_rows: int | None) -> str:
+def verdict(differences: dict[str, dict[str, float]], rows: int, seen_rows: int | None, by_loss: bool = False) -> str:
     """One sentence on the difference in ROUGE-L: better, worse, no clear difference, or too few rows to tell.
 
-    `seen_rows` of the rows were used to make the adapter; None where it does not say what it was made from.
+    `seen_rows` of the rows were used to make the adapter; None where it does not say what it was made from. `by_loss`: rows
+    without a prompt have no reply to compare, so the loss decides.
     """
     which = "it never saw" if seen_rows == 0 else f"of which its fit used {seen_rows}"
     if seen_rows is None:
@@ -52,15 +53,17 @@ def verdict(difference: dict[str, float], rows: int, seen_rows: int | None) -> s
     counted = f"{rows} row{'s' if rows != 1 else ''} {which}"
     if rows < FEWEST_ROWS:
         return f"No verdict: {counted} {'is' if rows == 1 else 'are'} too few to tell; at least {FEWEST_ROWS} are needed."
+    name, key, sign = ("loss", "loss", -1) if by_loss else ("ROUGE-L", "rougeL", 1)
+    difference = differences[key]
     figures = (
-        f"its ROUGE-L is {abs(difference['mean']):.3f} {'higher' if difference['mean'] >= 0 else 'lower'} on {counted} "
+        f"its {name} is {abs(difference['mean']):.3f} {'higher' if difference['mean'] >= 0 else 'lower'} on {counted} "
         f"(95 % interval {difference['low']:+.3f} to {difference['high']:+.3f})."
     )
     if seen_rows:
         return f"No verdict on unseen rows: {figures}"
-    if difference["low"] > 0:
+    if difference["low"] * sign > 0 and difference["high"] * sign > 0:
         return f"The tuned model is better than the base model: {figures}"
-    if difference["high"] < 0:
+    if difference["low"] * sign < 0 and difference["high"] * sign < 0:
         return f"The tuned model is worse than the base model: {figures}"
     return f"There is no clear difference between the tuned and the base model: {figures}"
 
