@@ -13,13 +13,14 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from finetune_dataflow.engine.control_strings import Message, PlainText
 from finetune_dataflow.engine.settings import Learned
 from finetune_dataflow.engine.tokens import IGNORED, DroppedRow, EncodedRow, TokenColumns, token_columns
 from finetune_dataflow.errors import UserError
@@ -31,7 +32,6 @@ BORDER = 64  # characters on either side of the border between prompt and reply 
 
 
 COMPLETION_ONLY = Learned()
-Message = Mapping[str, Any]  # {"role": …, "content": …}, and "tool_calls" where a template knows them
 
 
 @dataclass(frozen=True)
@@ -174,18 +174,18 @@ class ChatEncoder:
         tail, head = prompt[controls[-1] if controls else -BORDER :], reply[:BORDER]
         return self.plain_ids(tail + head) != [*self.plain_ids(tail), *self.plain_ids(head)]
 
-    def _protected(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[str, _Restore]:
+    def _protected(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> tuple[str, PlainText]:
         """The rendered prompt with placeholders for the data's control strings, and the way back from them."""
-        restore = _Restore(self._control, messages)
+        restore = PlainText(self._control, messages)
         return self._rendered(restore.protected, tools, add_generation_prompt=True), restore
 
-    def _encoded(self, rendered: str, restore: _Restore) -> EncodedText:
+    def _encoded(self, rendered: str, restore: PlainText) -> EncodedText:
         """The ids of a rendered prompt, with one beginning of sequence where the tokenizer wants it."""
         encoded = self._encoded_text(rendered, restore)
         lead = [] if encoded.ids[:1] == self._lead_in else self._lead_in
         return EncodedText([*lead, *encoded.ids], [*(0 for _ in lead), *encoded.starts])
 
-    def _encoded_text(self, rendered: str, restore: _Restore) -> EncodedText:
+    def _encoded_text(self, rendered: str, restore: PlainText) -> EncodedText:
         """The ids of a rendered prompt. Without placeholders it is encoded as a whole."""
         if not restore.found:
             whole = self._tokenizer(rendered, add_special_tokens=False, return_offsets_mapping=True)
@@ -263,53 +263,6 @@ class ChatEncoder:
         if self._tokenizer.eos_token_id is None:
             raise UserError("The tokenizer has no end-of-turn token: neither its chat template nor its settings name one.")
         return [self._tokenizer.eos_token_id]
-
-
-class _Restore:
-    """Messages whose control strings are placeholders, and the way from a text with placeholders to the original."""
-
-    def __init__(self, control: re.Pattern[str], messages: Sequence[Message]) -> None:
-        self.found: list[str] = []
-        texts = "".join(_strings(list(messages)))
-        if not control.search(texts):
-            self.protected: list[Message] = list(messages)
-            return
-        marker = next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in texts)
-        self._placeholder = re.compile(f"{marker}([0-9]+){marker}")
-
-        def placeholder(match: re.Match[str]) -> str:
-            self.found.append(match.group())
-            return f"{marker}{len(self.found) - 1}{marker}"
-
-        self.protected = [_with_strings(message, lambda text: control.sub(placeholder, text)) for message in messages]
-
-    def __call__(self, text: str) -> str:
-        """The text with every placeholder replaced by the control string it stands for."""
-        return self._placeholder.sub(lambda each: self.found[int(each.group(1))], text) if self.found else text
-
-
-def _strings(value: object) -> Iterator[str]:
-    """Every text inside a message, its role left out."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, each in value.items():
-            if name != "role":
-                yield from _strings(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _strings(each)
-
-
-def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """The same value with every text in it changed, roles left alone."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: each if name == "role" else _with_strings(each, change) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_strings(each, change) for each in value]
-    return value
 
 
 def encode_conversations(
