@@ -10,61 +10,115 @@ Every function below is a node of an Apache Hamilton graph; its parameters name 
 `driver.Builder().with_config({"start": "base"}).with_modules(finetune_dataflow).build()`.
 """
 
-# ruff: noqa: F401, I001 -- re-exported, in the order of execution, which is the order to read them in
-from finetune_dataflow.dataset import data_source, dataset_fingerprint, records, shaped_rows, source_rows
-from finetune_dataflow.splits import hold_out_set, leaking_rows, row_sides, split_settings, train_set, validation_set
-from finetune_dataflow.prompts import chat_template, conversations, prompt_settings
-from finetune_dataflow.base_model import base_model_fingerprint, base_model_name, base_model_path
-from finetune_dataflow.tokenization import row_ledger, set_tokens, tokenization_settings
-from finetune_dataflow.audit import data_quality, hold_out_audit, label_audit
-from finetune_dataflow.lineage import (
-    config_file,
-    evaluation_identity,
-    lineage_file,
-    preparation_settings,
-    run_directory__presaved,
-    run_identity__base,
-    run_identity__presaved,
-)
-from finetune_dataflow.fitting import (
-    adapter_path__base,
-    evaluated_adapter__base,
-    evaluated_adapter__presaved,
-    finished_fit__base,
-    fit_settings__base,
-    run_directory__base,
-    training_history__base,
-)
-from finetune_dataflow.generation import (
-    base_replies,
-    finetuned_model_on_validation_set,
-    generation_settings,
-    hold_out_set_predictions,
-    tuned_replies,
-    used_rows,
-)
-from finetune_dataflow.evaluation import (
-    base_losses,
-    comparison,
-    hold_out_predictions,
-    rouge,
-    run_metrics__base,
-    run_metrics__presaved,
-    seen_rows__base,
-    seen_rows__presaved,
-    training_and_validation_set_metrics__base,
-    training_and_validation_set_metrics__presaved,
-    tuned_losses,
-    verdict,
-)
-from finetune_dataflow.export import (
-    hold_out_inputs_file,
-    label_audit_file,
-    metrics_file,
-    predictions_file,
-    row_ledger_file,
-    save_best_models__base,
-    save_best_models__presaved,
-)
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from finetune_dataflow import engine  # noqa: F401 -- the CPU runtime must stand before MLX is imported
 
 __version__ = "0.1.0"
+
+# The nodes, in the order of execution, which is the order to read their modules in. They are imported when they are first
+# named (PEP 562), as Hamilton does with all of them, so that `--help` need not load what a run needs.
+NODES = {
+    "dataset": (
+        "data_source",
+        "source_rows",
+        "shaped_rows",
+        "records",
+        "dataset_fingerprint",
+    ),
+    "splits": (
+        "split_settings",
+        "row_sides",
+        "leaking_rows",
+        "train_set",
+        "validation_set",
+        "hold_out_set",
+    ),
+    "prompts": (
+        "prompt_settings",
+        "chat_template",
+        "conversations",
+    ),
+    "base_model": (
+        "base_model_name",
+        "base_model_path",
+        "base_model_fingerprint",
+    ),
+    "tokenization": (
+        "tokenization_settings",
+        "set_tokens",
+        "row_ledger",
+    ),
+    "audit": (
+        "data_quality",
+        "label_audit",
+        "hold_out_audit",
+    ),
+    "lineage": (
+        "preparation_settings",
+        "run_identity__base",
+        "run_identity__presaved",
+        "run_directory__presaved",
+        "evaluation_identity",
+        "config_file",
+        "lineage_file",
+    ),
+    "fitting": (
+        "fit_settings__base",
+        "finished_fit__base",
+        "run_directory__base",
+        "adapter_path__base",
+        "evaluated_adapter__base",
+        "evaluated_adapter__presaved",
+        "training_history__base",
+    ),
+    "generation": (
+        "generation_settings",
+        "base_replies",
+        "tuned_replies",
+        "used_rows",
+        "hold_out_set_predictions",
+        "finetuned_model_on_validation_set",
+    ),
+    "evaluation": (
+        "base_losses",
+        "tuned_losses",
+        "rouge",
+        "training_and_validation_set_metrics__base",
+        "training_and_validation_set_metrics__presaved",
+        "comparison",
+        "seen_rows__base",
+        "seen_rows__presaved",
+        "verdict",
+        "hold_out_predictions",
+        "run_metrics__base",
+        "run_metrics__presaved",
+    ),
+    "export": (
+        "row_ledger_file",
+        "label_audit_file",
+        "hold_out_inputs_file",
+        "predictions_file",
+        "metrics_file",
+        "save_best_models__base",
+        "save_best_models__presaved",
+    ),
+}
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The node of that name."""
+    for module, names in NODES.items():
+        if name in names:
+            node: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+            return node
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The nodes and the version: what Hamilton looks through."""
+    return ["__version__", *(name for names in NODES.values() for name in names)]
