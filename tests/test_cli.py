@@ -500,6 +500,9 @@ def test_inputs_lists_every_input(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_loads_neither_hamilton_nor_pandas() -> None:
-    code = "import sys; from finetune_dataflow.cli import main; main(['--help']); print(sorted({'hamilton', 'pandas'} & {*sys.modules}))"
+    code = (
+        "import sys; from finetune_dataflow.cli import main; main(['--help']); "
+        "print(sorted({'hamilton', 'pandas'} & {*sys.modules}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
