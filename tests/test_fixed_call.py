@@ -79,9 +79,11 @@ def test_a_finished_fit_is_taken_as_it_is(inputs: dict[str, Any]) -> None:
 
 def test_a_set_can_be_overridden(inputs: dict[str, Any]) -> None:
     own = pd.DataFrame({"row": [901, 902], "input_text": ["My own?", "And this?"], "output_text": ["Yes.", "No."]})
+    plain = built("base").execute(["hold_out_set"], inputs=inputs)
     result = built("base").execute(["hold_out_set_predictions", "row_ledger"], inputs=inputs, overrides={"hold_out_set": own})
     assert [question for question, _ in result["hold_out_set_predictions"]] == ["My own?", "And this?"]
     assert result["row_ledger"].query("set == 'hold_out'")["row"].tolist() == [901, 902]
+    assert result["row_ledger"].query("reason == 'in_no_set'")["row"].tolist() == plain["hold_out_set"]["row"].tolist()
 
 
 @pytest.mark.parametrize(

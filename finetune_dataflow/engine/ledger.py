@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import pandas as pd
 
 from finetune_dataflow.engine.tokens import DroppedRow, TokenColumns
@@ -29,14 +28,14 @@ def row_ledger(
         for row, prompt, reply, cut in zip(tokens.rows.tolist(), prompts, replies, tokens.truncated.tolist(), strict=True):
             entries.append((row, name, "used", "", cut, prompt, reply))
         entries += [(each.row, name, "dropped", each.reason, False, 0, 0) for each in tokens.dropped]
+    # Where a user replaced a set by a table of their own, the rows it left out are told, too; no row goes unsaid.
+    accounted = {entry[0] for entry in entries}
+    entries += [(row, "", "dropped", "in_no_set", False, 0, 0) for row in rows.tolist() if row not in accounted]
     columns = ["row", "set", "status", "reason", "truncated", "prompt_tokens", "reply_tokens"]
     ledger = pd.DataFrame(entries, columns=columns).sort_values("row", kind="stable").reset_index(drop=True)
     ledger["remarks"] = [", ".join(remarks.get(row, ())) for row in ledger["row"]]
-    expected = np.sort(np.concatenate([*(each.to_numpy() for each, _ in sets.values()), [each.row for each in dropped]]))
-    assert ledger["row"].tolist() == expected.tolist(), "a row is neither used nor dropped"
-    # Where nobody replaced a set, the three sets and the dropped rows are all rows there were.
-    rows_in = len(set(rows) | {each.row for each in dropped})
-    if len(expected) == rows_in:
-        used, left_out = (int((ledger["status"] == status).sum()) for status in ("used", "dropped"))
-        assert rows_in == used + left_out, f"rows_in={rows_in} but used={used} and dropped={left_out}"
+    expected = {*rows.tolist(), *(each.row for each in dropped), *(row for each, _ in sets.values() for row in each.tolist())}
+    used, left_out = (int((ledger["status"] == status).sum()) for status in ("used", "dropped"))
+    assert set(ledger["row"]) == expected, "a row is neither used nor dropped"
+    assert len(expected) == used + left_out, f"rows_in={len(expected)} but used={used} and dropped={left_out}"
     return ledger
