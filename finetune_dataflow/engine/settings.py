@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from finetune_dataflow.errors import UserError
+from finetune_dataflow.errors import UserError, nearest
 
 SMALLEST_SHARE = 1e-6
 LongRows = Literal["truncate_prompt", "drop", "error"]
@@ -82,10 +82,12 @@ class TokenizationSettings:
 
     def __post_init__(self) -> None:
         """Raise UserError for a length below 8 tokens or an unknown treatment."""
-        require("max_seq_length", self.max_seq_length, self.max_seq_length >= 8, "a number of tokens, 8 or more")
-        require_choice("train_type", self.train_type, ("completion-only", "self-supervised"))
-        require_choice("assistant_turns", self.assistant_turns, ("every", "last"))
-        require_choice("long_rows", self.long_rows, LongRows.__args__)  # type: ignore[attr-defined]  # typing hides it
+        all_of(
+            lambda: require("max_seq_length", self.max_seq_length, self.max_seq_length >= 8, "a number of tokens, 8 or more"),
+            lambda: require_choice("train_type", self.train_type, ("completion-only", "self-supervised")),
+            lambda: require_choice("assistant_turns", self.assistant_turns, ("every", "last")),
+            lambda: require_choice("long_rows", self.long_rows, get_args(LongRows)),
+        )
 
     @property
     def learned(self) -> Learned:
@@ -98,33 +100,19 @@ class TokenizationSettings:
 
 
 @dataclass(frozen=True)
-class FitSettings:
-    """What the fit does. Steps are updates of the adapter; an epoch is every training row once."""
+class QuantizationSettings:
+    """To how many bits the base model's weights are quantised when it is loaded, in groups of how many; 0 for not at all."""
 
-    num_layers: int
-    lora_rank: int
-    lora_scale: float
-    lora_dropout: float
-    learning_rate: float
-    warmup_proportion: float
-    weight_decay: float
-    epochs: float
-    batch_size: int
-    evals_per_epoch: int
-    random_state: int
+    quantize_bits: int = 0
+    quantize_group_size: int = 64
 
     def __post_init__(self) -> None:
-        """Raise UserError naming the first value out of range."""
-        for name in ("lora_rank", "batch_size", "evals_per_epoch"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "a whole number, 1 or more")
-        layers = self.num_layers
-        require("num_layers", layers, layers == -1 or layers >= 1, "a number of layers, 1 or more, or -1 for all")
-        for name in ("lora_scale", "learning_rate", "epochs"):
-            value = getattr(self, name)
-            require(name, value, math.isfinite(value) and value > 0, "a number above 0")
-        require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number, 0 or more")
-        require("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "a share from 0 to below 1")
-        require("warmup_proportion", self.warmup_proportion, 0 <= self.warmup_proportion <= 1, "a share from 0 to 1")
+        """Raise UserError for sizes that MLX has no kernels for."""
+        bits, group = self.quantize_bits, self.quantize_group_size
+        all_of(
+            lambda: require("quantize_bits", bits, bits in (0, 4, 8), "4 or 8, or 0 for weights as they are"),
+            lambda: require("quantize_group_size", group, group in (32, 64, 128), "32, 64 or 128"),
+        )
 
 
 @dataclass(frozen=True)
@@ -136,8 +124,23 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         """Raise UserError for a size below 1."""
-        for name in ("max_tokens", "generation_batch_size"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "a whole number, 1 or more")
+        whole = "a whole number, 1 or more"
+        all_of(
+            lambda: require("max_tokens", self.max_tokens, self.max_tokens >= 1, whole),
+            lambda: require("generation_batch_size", self.generation_batch_size, self.generation_batch_size >= 1, whole),
+        )
+
+
+def all_of(*checks: Callable[[], None]) -> None:
+    """Run every check and raise one UserError with all that they said, a line each."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
@@ -149,4 +152,18 @@ def require(name: str, value: object, holds: bool, expected: str) -> None:
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise a UserError that names the option and its choices, unless `value` is one of them."""
     if value not in choices:
-        raise UserError(f"{name}={value!r} is unknown. Expected one of {', '.join(map(repr, choices))}.")
+        raise UserError(f"{name}={value!r} is unknown.{nearest(value, choices)} Expected one of {', '.join(map(repr, choices))}.")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What differs between two sets of settings: "batch_size is 4 there and 8 here", …"""
+    return [
+        f"{name} is {_short(there.get(name))} there and {_short(here.get(name))} here"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
+    ]
+
+
+def _short(value: object) -> str:
+    text = "not set" if value is None else repr(value)
+    return text if len(text) <= 40 else f"{text[:20]}…"
