@@ -45,6 +45,7 @@ NODES = {
     ),
     "base_model": (
         "base_model_name",
+        "quantization_settings",
         "base_model_path",
         "base_model_fingerprint",
     ),
@@ -67,8 +68,15 @@ NODES = {
         "config_file",
         "lineage_file",
     ),
-    "fitting": (
+    "training_settings": (
+        "method_settings__base",
+        "optimizer_settings__base",
+        "loop_settings__base",
         "fit_settings__base",
+        "fit_plan__base",
+        "starting_weights__base",
+    ),
+    "fitting": (
         "finished_fit__base",
         "run_directory__base",
         "adapter_path__base",
@@ -81,6 +89,7 @@ NODES = {
         "base_replies",
         "tuned_replies",
         "used_rows",
+        "prompt_reply",
         "hold_out_set_predictions",
         "finetuned_model_on_validation_set",
     ),
@@ -104,6 +113,8 @@ NODES = {
         "hold_out_inputs_file",
         "predictions_file",
         "metrics_file",
+        "adapter_copy__base",
+        "complete_model__base",
         "save_best_models__base",
         "save_best_models__presaved",
     ),

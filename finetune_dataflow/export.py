@@ -10,6 +10,7 @@ from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
 from finetune_dataflow.engine.audit import LabelAudit
+from finetune_dataflow.engine.fit_settings import MethodSettings
 
 
 def row_ledger_file(run_directory: Path, row_ledger: pd.DataFrame) -> Path:
@@ -54,10 +55,42 @@ def metrics_file(
 
 
 @config.when(start="base")
-def save_best_models__base(adapter_path: Path, config_file: Path, row_ledger_file: Path) -> dict[str, Path]:
-    """The paths of what was saved: `adapter` (the directory with the best validation loss), `config`, `weights`, …"""
+def adapter_copy__base(adapter_path: Path, save_adapter_to: str = "") -> Path | None:
+    """A second copy of the adapter where one is wanted, else None.
+
+    Inputs:
+        save_adapter_to: A directory that the adapter is written to, too; a YAML of mlx-lm's calls it adapter_path.
+    """
+    return engine.adapters.copy_adapter(adapter_path, engine.files.user_path(save_adapter_to)) if save_adapter_to else None
+
+
+@config.when(start="base")
+def complete_model__base(
+    adapter_path: Path, run_directory: Path, base_model_path: Path, method_settings: MethodSettings
+) -> Path | None:
+    """The directory of the fully fine-tuned model, complete in itself; None where an adapter was trained."""
+    if method_settings.fine_tune_type != "full":
+        return None
+    return engine.model_directories.complete_model(base_model_path, adapter_path, run_directory / "model")
+
+
+@config.when(start="base")
+def save_best_models__base(
+    adapter_path: Path,
+    config_file: Path,
+    row_ledger_file: Path,
+    adapter_copy: Path | None,
+    complete_model: Path | None,
+) -> dict[str, Path]:
+    """The paths of what was saved: `adapter` (the directory of the best), `config`, `weights`, `last_adapter`, …
+
+    `model` is a complete model directory, there after a full fine-tune; `adapter_copy` is there where one is wanted.
+    """
+    optional = {"model": complete_model, "adapter_copy": adapter_copy}
     return {
         **engine.adapters.adapter_files(adapter_path),
+        **{name: path for name, path in optional.items() if path is not None},
+        "last_adapter": adapter_path.parent / engine.training.LAST,
         "run_config": config_file,
         "row_ledger": row_ledger_file,
         "history": adapter_path.parent / engine.run_directory.HISTORY,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,15 +11,12 @@ from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
 from finetune_dataflow.engine.audit import LabelAudit
+from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
-from finetune_dataflow.engine.settings import FitSettings
 from finetune_dataflow.engine.tokens import TokenColumns
 
 if TYPE_CHECKING:
     from finetune_dataflow.engine.training import FitSummary
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,49 +25,6 @@ class FinishedFit:
 
     run_directory: Path
     summary: FitSummary
-
-
-@config.when(start="base")
-def fit_settings__base(
-    split_settings: engine.settings.SplitSettings,
-    num_layers: int = 16,
-    lora_rank: int = 8,
-    lora_scale: float = 20.0,
-    lora_dropout: float = 0.0,
-    learning_rate: float = 2e-4,
-    warmup_proportion: float = 0.1,
-    weight_decay: float = 0.01,
-    epochs: float = 1.0,
-    batch_size: int = 4,
-    evals_per_epoch: int = 2,
-) -> FitSettings:
-    """The settings of the fit.
-
-    Inputs:
-        num_layers: How many of the model's last blocks are adapted; -1 for all.
-        lora_rank: The rank of the two matrices that LoRA adds to a linear layer.
-        lora_scale: The factor on LoRA's output, absolute as in mlx-lm (PEFT's alpha is scale * rank).
-        lora_dropout: The share of a LoRA layer's inputs that is dropped in training.
-        learning_rate: The highest learning rate, reached after the warm-up; a cosine leads from there to zero.
-        warmup_proportion: The share of all updates in which the learning rate rises.
-        weight_decay: AdamW's weight decay.
-        epochs: How often every training row is used.
-        batch_size: Rows in one update.
-        evals_per_epoch: How often an epoch the validation loss is measured, for the choice of the best adapter.
-    """
-    return FitSettings(
-        num_layers=num_layers,
-        lora_rank=lora_rank,
-        lora_scale=lora_scale,
-        lora_dropout=lora_dropout,
-        learning_rate=learning_rate,
-        warmup_proportion=warmup_proportion,
-        weight_decay=weight_decay,
-        epochs=epochs,
-        batch_size=batch_size,
-        evals_per_epoch=evals_per_epoch,
-        random_state=split_settings.random_state,
-    )
 
 
 @config.when(start="base")
@@ -84,9 +37,13 @@ def finished_fit__base(
     label_audit: LabelAudit,
     train_set: pd.DataFrame,
     validation_set: pd.DataFrame,
+    starting_weights: Path | None,
+    base_model_fingerprint: str,
+    chat_template: str,
     output_dir: str = "",
 ) -> FinishedFit:
-    """The fit, done: its adapter stands in the run directory. A directory with the same fit finished is taken as it is.
+    """The fit, done: its adapter stands in the run directory. A directory with the same fit finished is taken as it is,
+    one with the same fit unfinished is gone on with.
 
     It takes the label audit so that nothing is trained on labels that the audit refuses.
 
@@ -96,15 +53,17 @@ def finished_fit__base(
     Raises UserError where the directory holds another run, or is in use by one.
     """
     used = engine.splitting.hashes([*engine.records.identities(train_set), *engine.records.identities(validation_set)])
+    if starting_weights is not None:
+        engine.starting_weights.check_base(starting_weights, base_model_fingerprint)
+    score = engine.validation_score.score(fit_settings, validation_tokens, base_model_path, chat_template)
     with engine.run_directory.held(output_dir, run_identity) as directory:
         summary = engine.run_directory.finished_fit(directory)
         if summary is None:
             engine.run_directory.warn_of_hold_outs_beside(directory, used)
-            if (directory / engine.run_directory.HISTORY).exists():
-                logger.warning("The fit in %s was not finished. It starts again from the first update.", directory)
             summary = engine.training.fit(
-                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes, used
-            )
+                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes, used,
+                start=starting_weights, score=score,
+            )  # fmt: skip
     return FinishedFit(directory, summary)
 
 
@@ -144,4 +103,4 @@ def evaluated_adapter__presaved(adapter_path: str, base_model_fingerprint: str) 
 def training_history__base(run_directory: Path) -> pd.DataFrame:
     """The losses as they were recorded: event ("train" or "validation"), step (updates), loss, learning_rate, …"""
     history = pd.DataFrame(engine.files.read_json_lines(run_directory / engine.run_directory.HISTORY))
-    return history[history["event"] != "end"].reset_index(drop=True)
+    return history[history["event"].isin(["train", "validation"])].reset_index(drop=True)

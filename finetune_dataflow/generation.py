@@ -8,7 +8,8 @@ import pandas as pd
 from hamilton.function_modifiers import parameterize, source
 
 from finetune_dataflow import engine
-from finetune_dataflow.engine.settings import GenerationSettings
+from finetune_dataflow.engine.replies import PromptReply
+from finetune_dataflow.engine.settings import GenerationSettings, PromptSettings
 from finetune_dataflow.engine.tokens import TokenColumns
 
 
@@ -64,6 +65,30 @@ def _replies(
 def used_rows(rows: pd.DataFrame, tokens: TokenColumns) -> pd.DataFrame:
     """The records of {rows} that are used, in the order of their tokens: row, input_text, output_text."""
     return rows.set_index("row").loc[tokens.rows].reset_index()
+
+
+def prompt_reply(
+    base_model_path: Path,
+    evaluated_adapter: Path,
+    chat_template: str,
+    prompt_settings: PromptSettings,
+    generation_settings: GenerationSettings,
+    prompt: str = "",
+    colorize: bool = False,
+) -> PromptReply | None:
+    """The tuned model's greedy reply to a prompt of the user's own; None where there is none.
+
+    Inputs:
+        prompt: A question that the tuned model answers at the end, wrapped as the rows are.
+        colorize: Whether each token of that reply is shown in the colour of its probability, on a terminal.
+    """
+    if not prompt:
+        return None
+    messages = engine.content.prompt_messages(prompt, prompt_settings)
+    encoder = engine.chat.load_encoder(base_model_path, chat_template)
+    model = engine.models.load_model(base_model_path, evaluated_adapter)
+    sampling = engine.streaming.SamplingSettings(max_tokens=generation_settings.max_tokens)
+    return PromptReply(prompt, tuple(engine.streaming.stream(model, encoder, encoder.prompt_ids(messages), sampling)), colorize)
 
 
 def hold_out_set_predictions(hold_out_rows: pd.DataFrame, hold_out_tuned_replies: list[str]) -> list[tuple[str, str]]:

@@ -11,11 +11,12 @@ from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
 from finetune_dataflow.dataset import DataSource
+from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.settings import (
-    FitSettings,
     GenerationSettings,
     PromptSettings,
+    QuantizationSettings,
     SplitSettings,
     TokenizationSettings,
 )
@@ -25,12 +26,13 @@ from finetune_dataflow.engine.tokens import TokenColumns
 def preparation_settings(
     data_source: DataSource,
     base_model_name: str,
+    quantization_settings: QuantizationSettings,
     split_settings: SplitSettings,
     prompt_settings: PromptSettings,
     tokenization_settings: TokenizationSettings,
 ) -> dict[str, Any]:
     """Every input that the prepared data depends on, by name."""
-    stages = (data_source, split_settings, prompt_settings, tokenization_settings)
+    stages = (data_source, quantization_settings, split_settings, prompt_settings, tokenization_settings)
     return {"model_id": base_model_name, **{name: value for stage in stages for name, value in asdict(stage).items()}}
 
 
@@ -41,18 +43,21 @@ def run_identity__base(
     base_model_fingerprint: str,
     train_tokens: TokenColumns,
     validation_tokens: TokenColumns,
+    starting_weights: Path | None,
 ) -> RunIdentity:
     """What makes a fit this fit and no other: its settings, and the fingerprints of what it is given.
 
     Generation is not part of it: the same adapter may be evaluated again with other settings.
     """
     return engine.run_directory.run_identity(
-        {**preparation_settings, **asdict(fit_settings)},
+        {**preparation_settings, **fit_settings.values},
         {
             "base_model": base_model_fingerprint,
             "train_set": train_tokens.fingerprint(),
             "validation_set": validation_tokens.fingerprint(),
+            **engine.starting_weights.fingerprints(starting_weights),
         },
+        {**fit_settings.unbinding, **engine.starting_weights.named(starting_weights)},
     )
 
 
@@ -104,7 +109,7 @@ def config_file(
     """config.yaml: every input of the run with its value, defaults included, as `-c` takes it."""
     presaved = "adapter" in run_identity.fingerprints
     start = {"start": "presaved", "adapter_path": str(evaluated_adapter)} if presaved else {"start": "base"}
-    values = {**start, **run_identity.names, **run_identity.settings, **asdict(generation_settings)}
+    values = {**start, **run_identity.names, **run_identity.settings, **run_identity.unbinding, **asdict(generation_settings)}
     return engine.files.write_if_changed(
         run_directory / "config.yaml",
         yaml.safe_dump(values, sort_keys=False),

@@ -121,7 +121,7 @@ BAD_OPTIONS: dict[str, tuple[list[str], str]] = {
     "num_layers": (["--num-layers", "3"], "num_layers=3 is out of range. Expected at most 2"),
     "max_seq_length": (["--max-seq-length", "2"], "max_seq_length=2 is out of range"),
     "long_rows": (["--long-rows", "cut"], "long_rows='cut' is unknown. Expected one of 'truncate_prompt'"),
-    "twice": (["--seed", "1", "--random-state", "2"], "is given twice"),
+    "twice": (["--seed", "1", "--random-state", "2"], "seed and random_state are the same input"),
     "start": (["--start", "presave"], "Did you mean 'presaved'?"),
     "adapter under base": (["--adapter-path", "x"], 'adapter_path is no input under start="base"'),
     "the old input": (["--model-id-tokenizer", "t5"], "Name the model in model_id"),
@@ -236,7 +236,7 @@ def test_the_main_job_then_its_adapter_evaluated_alone(
     )
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "adapters", "config.yaml", "metrics.json", "metrics.jsonl", "predictions.jsonl",
+        "adapters", "adapters-last", "config.yaml", "metrics.json", "metrics.jsonl", "predictions.jsonl",
         "label_audit.html", "hold_out_inputs.txt", "row_ledger.jsonl", "lineage.json", "dag.svg", ".lock",
     }  # fmt: skip
     metrics = json.loads((run / "metrics.json").read_text())
@@ -468,8 +468,9 @@ def test_a_yaml_file_gives_inputs_and_the_command_line_wins(
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("a: [", "is not YAML"), ("- 1", "expected names with values"), ("batch_size: true", "batch_size=True: expected a"),
-     ("batchsize: 3", "Did you mean 'batch_size'?"), ("epochs: null", "epochs=None: expected a number")],
+    [("a: [", "bad.yaml, line 1, column 5: not YAML"), ("- 1", "expected names with values"),
+     ("batch_size: true", "bad.yaml: batch_size=True: expected a"), ("batchsize: 3", "Did you mean 'batch_size'?"),
+     ("epochs: soon", "bad.yaml: epochs='soon': expected a number")],
 )  # fmt: skip
 def test_a_bad_yaml_file_is_told(text: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "bad.yaml"
@@ -495,7 +496,7 @@ def test_help_and_a_bad_option_load_no_model_library() -> None:
 def test_inputs_lists_every_input(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inputs"]) == 0
     printed = capsys.readouterr().out
-    assert "batch_size  (int, default 4, start=base only)\n    Rows in one update." in printed
+    assert "batch_size  (int, default 4, start=base only)\n    Rows in one batch." in printed
     assert "data_path  (str, required)" in printed
 
 

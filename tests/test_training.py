@@ -1,8 +1,5 @@
-import hashlib
-import json
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,19 +11,11 @@ from finetune_dataflow.engine.adapters import check_adapter
 from finetune_dataflow.engine.batches import Batch
 from finetune_dataflow.engine.losses import mean_loss
 from finetune_dataflow.engine.models import load_model
-from finetune_dataflow.engine.settings import FitSettings
 from finetune_dataflow.engine.tokens import EncodedRow, TokenColumns, token_columns
 from finetune_dataflow.errors import UserError
+from tests.fit_values import adapter_digest, history, rows_of, settings_of
 
-SETTINGS = FitSettings(
-    num_layers=2, lora_rank=4, lora_scale=10.0, lora_dropout=0.0, learning_rate=0.01, warmup_proportion=0.1,
-    weight_decay=0.0, epochs=3.0, batch_size=4, evals_per_epoch=2, random_state=7,
-)  # fmt: skip
-
-
-def rows_of(count: int, first: int) -> TokenColumns:
-    """Rows that all say the same thing after different prompts: easy to learn."""
-    return token_columns([EncodedRow(n, [n % 200, 10, 3 * n % 250], [*b"yes", 258]) for n in range(first, first + count)])
+SETTINGS = settings_of()
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +26,6 @@ def train() -> TokenColumns:
 @pytest.fixture(scope="module")
 def validation() -> TokenColumns:
     return rows_of(5, 100)
-
-
-def adapter_digest(directory: Path) -> str:
-    return hashlib.sha256((directory / "adapters" / "adapters.safetensors").read_bytes()).hexdigest()
-
-
-def history(directory: Path, event: str) -> list[dict[str, float]]:
-    lines = (directory / "metrics.jsonl").read_text().splitlines()
-    return [value for value in map(json.loads, lines) if value["event"] == event]
 
 
 def test_the_fit_learns_and_its_adapter_gives_the_best_validation_loss_again(
@@ -61,13 +41,13 @@ def test_every_row_is_trained_once_an_epoch(
     tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: Counter[int] = Counter()
-    update = training._Fit._update
+    accumulate = training._Fit._accumulate
 
-    def counting(fit: training._Fit, step: int, current: Batch) -> float:
+    def counting(fit: training._Fit, current: Batch) -> None:
         used.update(train.rows[list(current.indices)].tolist())
-        return update(fit, step, current)
+        accumulate(fit, current)
 
-    monkeypatch.setattr(training._Fit, "_update", counting)
+    monkeypatch.setattr(training._Fit, "_accumulate", counting)
     summary = training.fit(tiny_model, train, validation, SETTINGS, tmp_path, {})
     assert used == dict.fromkeys(range(1, 23), 3)
     assert summary.steps == 18 and summary.trained_tokens == 3 * 22 * 7 and summary.supervised_tokens == 3 * 22 * 4
@@ -88,12 +68,11 @@ def test_the_adapter_with_the_best_validation_loss_is_kept_not_the_last(
 def test_the_same_seed_gives_the_same_adapter_bytes_twice_and_another_seed_others(
     tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path
 ) -> None:
-    settings = replace(SETTINGS, lora_dropout=0.2)  # dropout draws random numbers, too
     digests = []
     for name, seed in (("one", 7), ("two", 7), ("three", 8)):
         mx.random.uniform()  # what was drawn before must not matter
         directory = tmp_path / name
-        training.fit(tiny_model, train, validation, replace(settings, random_state=seed), directory, {})
+        training.fit(tiny_model, train, validation, settings_of(lora_dropout=0.2, random_state=seed), directory, {})
         digests.append(adapter_digest(directory))
     assert digests[0] == digests[1] != digests[2]
 
@@ -103,7 +82,7 @@ def test_the_number_of_validations_does_not_change_what_is_learned(
 ) -> None:
     losses = []
     for evaluations in (1, 3):
-        settings = replace(SETTINGS, evals_per_epoch=evaluations)
+        settings = settings_of(evals_per_epoch=evaluations)
         training.fit(tiny_model, train, validation, settings, tmp_path / str(evaluations), {})
         losses.append([each["loss"] for each in history(tmp_path / str(evaluations), "train")])
     assert losses[0] == losses[1]
@@ -142,7 +121,7 @@ def test_mlx_lm_loads_the_adapter_unchanged(
 def test_a_loss_that_is_not_finite_stops_with_the_rows_and_keeps_the_best_adapter(
     tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path
 ) -> None:
-    settings = replace(SETTINGS, learning_rate=1e30, warmup_proportion=0.0)
+    settings = settings_of(learning_rate=1e30, warmup_proportion=0.0)
     with pytest.raises(UserError, match=r"The loss of update \d+ is (nan|inf), on rows [\d, ]+\. Lower learning_rate"):
         training.fit(tiny_model, train, validation, settings, tmp_path, {})
     kept = mean_loss(load_model(tiny_model, tmp_path / "adapters"), validation, 4)
@@ -153,17 +132,4 @@ def test_more_layers_than_the_model_has_are_refused(
     tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"num_layers=3 is out of range. Expected at most 2"):
-        training.fit(tiny_model, train, validation, replace(SETTINGS, num_layers=3), tmp_path, {})
-
-
-def test_the_learning_rate_warms_up_and_falls_by_a_cosine() -> None:
-    settings = replace(SETTINGS, learning_rate=1.0, warmup_proportion=0.2)
-    rates = [training.learning_rate(step, 10, settings) for step in range(10)]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
-    assert rates[6] == pytest.approx(0.5)
-    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-
-
-def test_a_part_of_an_epoch_counts_in_updates() -> None:
-    assert training.total_steps(22, replace(SETTINGS, epochs=0.5)) == 3
-    assert training.total_steps(22, replace(SETTINGS, epochs=1.0)) == 6
+        training.fit(tiny_model, train, validation, settings_of(num_layers=3), tmp_path, {})

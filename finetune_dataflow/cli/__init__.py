@@ -19,6 +19,7 @@ commands:
   evaluate   evaluate an adapter that was saved before: --adapter DIR
   plan       everything before the fit: what was read, the split, the data's quality, what is learned
   inputs     every input with its type, default and meaning (--markdown: as a table)
+  convert    weights of mlx-tuning-fork or old mlx-lm as safetensors: ADAPTERS.npz ADAPTERS.safetensors
   graph      draw the dataflow as an SVG: --start base|presaved --out FILE
 
 options of train, evaluate and plan:
@@ -26,7 +27,8 @@ options of train, evaluate and plan:
   --input-text-key KEY         the key of the text that the model is given
   --output-text-key KEY        the key of the text that it learns to reply
   --NAME VALUE                 any input, as `run.py inputs` lists them; --set NAME=VALUE is the same
-  -c, --config FILE            inputs from a YAML file; options given beside it win
+  -c, --config FILE            inputs from a YAML file, mlx-lm's and mlx-tuning-fork's keys included; options beside it win;
+                               several -c are trained one after another, each from the adapter before it
   --start base|presaved        fit, then evaluate (default), or evaluate the adapter in --adapter-path
   --out DIR                    the directory of the run (default: runs/<data file>-<fingerprint>)
   --module FILE                a Python file whose functions are added to the graph or take the place of its nodes
@@ -34,7 +36,7 @@ options of train, evaluate and plan:
   -h, --help                   this text
 """
 
-COMMANDS = ("train", "evaluate", "plan", "inputs", "graph")
+COMMANDS = ("train", "evaluate", "plan", "inputs", "convert", "graph")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `run.py inputs | head`
         sys.stderr.close()
         return 0
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "Stopped.", file=sys.stderr)
         return 130
 
 
@@ -66,6 +68,10 @@ def _run(arguments: list[str]) -> int:
         from finetune_dataflow.cli.inputs import print_inputs
 
         return print_inputs(arguments)
+    if command == "convert":
+        from finetune_dataflow.cli.convert import convert
+
+        return convert(arguments)
     if command == "graph":
         from finetune_dataflow.cli.graph import draw
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from finetune_dataflow.cli.options import REQUIRED, Input, build_driver, graph_inputs
+from finetune_dataflow.cli.options import REQUIRED, Input, build_driver, graph_inputs, type_name
 from finetune_dataflow.errors import UserError
 from finetune_dataflow.start import STARTS
 
@@ -31,7 +31,7 @@ def print_inputs(arguments: Sequence[str]) -> int:
     for each, starts in all_inputs().values():
         default = "required" if each.default is REQUIRED else f"default {each.default!r}"
         only = "" if len(starts) == len(STARTS) else f", start={starts[0]} only"
-        print(f"{each.name}  ({each.type.__name__}, {default}{only})")
+        print(f"{each.name}  ({type_name(each.type)}, {default}{only})")
         print(textwrap.fill(each.meaning, 100, initial_indent="    ", subsequent_indent="    "))
     return 0
 
@@ -49,5 +49,5 @@ def markdown() -> str:
     ]
     for each, starts in all_inputs().values():
         default = "required" if each.default is REQUIRED else f"`{each.default!r}`"
-        lines.append(f"| `{each.name}` | {each.type.__name__} | {default} | {' '.join(starts)} | {each.meaning} |")
+        lines.append(f"| `{each.name}` | {type_name(each.type)} | {default} | {' '.join(starts)} | {each.meaning} |")
     return "\n".join(lines) + "\n"

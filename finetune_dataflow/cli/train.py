@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune_dataflow import engine
 from finetune_dataflow.cli.graph import dot_source
-from finetune_dataflow.cli.options import build_driver, parse
+from finetune_dataflow.cli.options import Options, build_driver, parse, parse_all
+from finetune_dataflow.engine.replies import PromptReply
+from finetune_dataflow.errors import UserError
 
 PREPARED = [
     "source_rows", "shaped_rows", "leaking_rows", "row_ledger", "data_quality", "label_audit", "hold_out_audit",
@@ -27,9 +30,53 @@ NAMES = {
 
 def train(arguments: Sequence[str], start: str | None = None) -> int:
     """Prepare, fit (under start="base"), evaluate, write the run directory and print the verdict."""
-    options = parse(arguments, start)
+    chain = parse_all(arguments, start)
+    check_settings(chain)
+    if len(chain) > 1 and any(each.start == "presaved" for each in chain):
+        raise UserError("Several configurations are trained one after another, so each of them must mean start: base.")
+    adapter: Path | None = None
+    for number, options in enumerate(chain, 1):
+        if len(chain) > 1:
+            print(f"Configuration {number} of {len(chain)}{f', from the adapter in {adapter}' if adapter else ''}:\n")
+            options = _in_chain(options, number, adapter)
+        adapter = _run(options) / engine.training.BEST
+    return 0
+
+
+def check_settings(chain: Sequence[Options]) -> None:
+    """Raise one UserError with every value out of range, of every stage and configuration, before anything is read."""
+    problems = []
+    for options in chain:
+        dr = build_driver(options.start, options.modules)
+        for name in (each for each in dr.graph.nodes if each.endswith("_settings") and each != "preparation_settings"):
+            # Each stage alone: what is wrong with the split must not hide what is wrong with the fit.
+            aside = {} if name == "split_settings" else {"split_settings": engine.settings.SplitSettings(0, 0.5, 0.25)}
+            try:
+                dr.execute([name], inputs=options.inputs, overrides=aside)
+            except UserError as error:
+                problems += str(error).splitlines()
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _in_chain(options: Options, number: int, adapter: Path | None) -> Options:
+    """The options of one of several configurations: a directory of its own, and the adapter before it to start from."""
+    inputs = dict(options.inputs)
+    if "output_dir" in inputs:
+        inputs["output_dir"] = str(Path(inputs["output_dir"]) / str(number))
+    if adapter is not None:
+        if "resume_adapter_file" in inputs:
+            raise UserError(
+                "resume_adapter_file is for the first of several configurations; each later one starts from the one before."
+            )
+        inputs["resume_adapter_file"] = str(adapter)
+    return replace(options, inputs=inputs)
+
+
+def _run(options: Options) -> Path:
+    """One run, from the data to its result on the screen; its directory."""
     dr = build_driver(options.start, options.modules)
-    prepared = dr.execute(PREPARED, inputs=options.inputs)
+    prepared = dr.execute(prepared_by(options), inputs=options.inputs)
     directory = engine.run_directory.location(options.inputs.get("output_dir", ""), prepared["run_identity"])
     engine.run_directory.check_unclaimed(directory, prepared["run_identity"])
     metrics = engine.run_directory.finished_metrics(directory, prepared["run_identity"], prepared["evaluation_identity"])
@@ -43,23 +90,43 @@ def train(arguments: Sequence[str], start: str | None = None) -> int:
     print(table(metrics))
     print(f"\n{metrics['verdict']}\n")
     print(whereabouts(directory, metrics))
-    return 0
+    if options.inputs.get("prompt"):
+        overrides = {**prepared, "evaluated_adapter": adapter_of(directory, options)}
+        reply = dr.execute(["prompt_reply"], inputs=options.inputs, overrides=overrides)["prompt_reply"]
+        print("\n" + "\n".join(reply_lines(reply, engine.colors.wants_color(sys.stdout))))
+    return directory
+
+
+def prepared_by(options: Options) -> list[str]:
+    """What is made before the fit or the evaluation: read, checked, and counted."""
+    return [*PREPARED, *(["fit_settings", "fit_plan", "starting_weights"] if options.start == "base" else [])]
+
+
+def adapter_of(directory: Path, options: Options) -> Path:
+    """The adapter of a run: the one it fitted, or the one it was given."""
+    return directory / engine.training.BEST if options.start == "base" else Path(options.inputs["adapter_path"])
+
+
+def reply_lines(reply: PromptReply, in_color: bool) -> list[str]:
+    """A prompt and its reply, safe for a terminal; in colours, with what they mean, where wanted and possible."""
+    if not (reply.colorize and in_color):
+        return [f"> {engine.colors.plain_text(reply.prompt)}", engine.colors.plain_text(reply.text)]
+    painted = "".join(engine.colors.colored(each.text, each.probability) for each in reply.tokens)
+    return [f"> {engine.colors.plain_text(reply.prompt)}", painted, engine.colors.legend()]
 
 
 def plan(arguments: Sequence[str]) -> int:
     """Everything before the fit, printed: sources and shapes, the split, the data's quality, the label audit, the steps."""
     options = parse(arguments)
-    outputs = [*PREPARED, *(["fit_settings"] if options.start == "base" else [])]
-    prepared = build_driver(options.start, options.modules).execute(outputs, inputs=options.inputs)
+    check_settings([options])
+    prepared = build_driver(options.start, options.modules).execute(prepared_by(options), inputs=options.inputs)
     print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
     print("\nLabels:")
     audit = prepared["label_audit"]
     print(*(f"  {line}" for line in [*audit.lines(), *prepared["hold_out_audit"].lines()]), sep="\n")
     print(f"\n{audit.coloured() if sys.stdout.isatty() else audit.plain()}")
     if options.start == "base":
-        settings, tokens = prepared["fit_settings"], prepared["train_tokens"]
-        steps = engine.training.total_steps(len(tokens), settings)
-        print(f"\nThe fit: {steps} updates of up to {settings.batch_size} rows, {settings.epochs:g} epochs.")
+        print("\n" + "\n".join(engine.fit_plan.lines(prepared["fit_settings"], prepared["fit_plan"])))
     return 0
 
 
@@ -102,7 +169,7 @@ def whereabouts(directory: Path, metrics: dict[str, Any]) -> str:
     best = (
         f"best after update {fit['best_step']} of {fit['steps']}"
         if fit["best_step"]
-        else "no update improved the validation loss, so the adapter is the untrained one"
+        else f"no update improved the validation {fit['best_metric']}, so the adapter is the one it started from"
     )
     return (
         f"Fit: validation loss {fit['first_validation_loss']:.3f} -> {fit['best_validation_loss']:.3f} ({best}), "

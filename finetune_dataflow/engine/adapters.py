@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.tuner.utils import load_adapters as load_mlx_lm_adapters
 
 from finetune_dataflow.engine.files import content_fingerprint, replacing, write_json, write_text
-from finetune_dataflow.engine.randomness import seeded
-from finetune_dataflow.engine.settings import FitSettings
 from finetune_dataflow.errors import UserError
 
 WEIGHTS, CONFIG, USED_INPUTS = "adapters.safetensors", "adapter_config.json", "used_inputs.txt"
-
-
-def add_lora_layers(model: nn.Module, settings: FitSettings) -> None:
-    """Freeze `model` and put LoRA layers, seeded by random_state, on the linear layers of its last num_layers blocks.
-
-    The second of the two matrices starts at zero, so the model's outputs do not change yet.
-    Raises UserError for more layers than the model has.
-    """
-    blocks = len(model.layers)
-    if settings.num_layers > blocks:
-        raise UserError(
-            f"num_layers={settings.num_layers} is out of range. Expected at most {blocks}, the model's layers, or -1."
-        )
-    model.freeze()
-    with seeded(settings.random_state):
-        linear_to_lora_layers(model, adapted_layers(settings, blocks), lora_parameters(settings))
-        mx.eval(model.trainable_parameters())
-
-
-def adapted_layers(settings: FitSettings, blocks: int) -> int:
-    """How many of the model's last blocks are adapted."""
-    return blocks if settings.num_layers == -1 else settings.num_layers
-
-
-def lora_parameters(settings: FitSettings) -> dict[str, float | int]:
-    """The LoRA settings under mlx-lm's names; its scale is absolute (PEFT's alpha is scale * rank)."""
-    return {"rank": settings.lora_rank, "scale": settings.lora_scale, "dropout": settings.lora_dropout}
 
 
 def save_weights(model: nn.Module, directory: Path) -> Path:
@@ -73,8 +44,10 @@ def check_adapter(adapter_path: Path) -> dict[str, Any]:
         raise UserError(f"The directory {adapter_path} holds no adapter: {' and '.join(missing)} missing.{hint}")
     try:
         config = json.loads((adapter_path / CONFIG).read_text(encoding="utf-8"))
-        expected = {"num_layers": int, "rank": int, "scale": int | float}
-        found = {"num_layers": config["num_layers"], **config["lora_parameters"]}
+        expected: dict[str, Any] = {"num_layers": int}
+        found = {"num_layers": config["num_layers"]}
+        if config.get("fine_tune_type") != "full":
+            expected, found = {**expected, "rank": int, "scale": int | float}, {**found, **config["lora_parameters"]}
         wrong = [name for name, kind in expected.items() if not isinstance(found[name], kind)]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise UserError(f"{adapter_path / CONFIG} is no adapter config of mlx-lm's: {error!r}.") from error
@@ -131,6 +104,17 @@ def used_inputs(adapter_path: Path) -> frozenset[str] | None:
     """The inputs, as hashes, that the adapter's fit used; None where it does not say."""
     path = adapter_path / USED_INPUTS
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else None
+
+
+def copy_adapter(adapter_path: Path, directory: Path) -> Path:
+    """The files of an adapter, copied into `directory`, each whole or not at all; what was there under their names goes."""
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"The adapter cannot be written to {directory}: it is a file. Name a directory.")
+    for name in (CONFIG, USED_INPUTS, WEIGHTS):
+        if (adapter_path / name).is_file():
+            with replacing(directory / name) as temporary:
+                shutil.copyfile(adapter_path / name, temporary)
+    return directory
 
 
 def adapter_fingerprint(adapter_path: Path) -> str:

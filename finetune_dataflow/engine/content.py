@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from finetune_dataflow.engine.chat import Conversation
+from finetune_dataflow.engine.chat import Conversation, Message
 from finetune_dataflow.engine.prompting import (
     CONTEXT_TEMPLATE,
     INPUT_TEMPLATE,
@@ -41,6 +41,12 @@ def conversations(records: Iterable[Record], settings: PromptSettings) -> list[C
             messages, reply = prepared.build(record)
             made.append(Conversation(record.row, tuple(messages), reply, tuple(record.tools)))
     return made
+
+
+def prompt_messages(text: str, settings: PromptSettings) -> tuple[Message, ...]:
+    """The messages of a prompt whose input is `text`, made as a row's are."""
+    record = Record(0, text, "", (), (), (), {"input": text}, None, None)
+    return conversations([record], settings)[0].prompt
 
 
 def _loom(settings: PromptSettings) -> PreparedLoom | None:

@@ -14,18 +14,38 @@ from finetune_dataflow.errors import UserError
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to write `path` (a full disk, a missing right) into a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}.") from error
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; when the block ends well it is flushed to disk and renamed onto `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays, because some writers (safetensors) choose the format by it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_tree(directory: Path) -> None:
+    """Flush every file in `directory`, and the directory itself, to the disk."""
+    for path in [*directory.iterdir(), directory]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_text(path: Path, text: str) -> Path:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.generate import BatchGenerator
 
 from finetune_dataflow.engine.chat import ChatEncoder
@@ -32,6 +33,13 @@ def greedy_replies(
 ) -> list[Reply]:
     """The greedy reply to each prompt, in the prompts' order; the tuned model's where an adapter is given."""
     model = load_model(base_model_path, adapter_path)
+    return replies_of(model, prompts, encoder, settings, "tuned replies" if adapter_path else "base replies")
+
+
+def replies_of(
+    model: nn.Module, prompts: Sequence[Sequence[int]], encoder: ChatEncoder, settings: GenerationSettings, description: str
+) -> list[Reply]:
+    """The greedy reply of a loaded model to each prompt, in the prompts' order."""
     generator = BatchGenerator(
         model,
         max_tokens=settings.max_tokens,
@@ -40,7 +48,7 @@ def greedy_replies(
         prefill_batch_size=min(8, settings.generation_batch_size),
         stream=mx.default_stream(mx.default_device()),
     )
-    bar = Bar(len(prompts), "tuned replies" if adapter_path else "base replies")
+    bar = Bar(len(prompts), description)
     # Prompts of like length stand together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     place_of = dict(zip(generator.insert([list(prompts[index]) for index in order]), order, strict=True))

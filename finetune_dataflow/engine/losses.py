@@ -46,6 +46,11 @@ class LossPath:
     head: tuple[nn.Module, str] | None
     reason: str
 
+    @classmethod
+    def again(cls, model: nn.Module, gathered: bool, reason: str) -> LossPath:
+        """The path that a fit took before it was interrupted: it must not change on the way."""
+        return cls(output_head(model) if gathered else None, reason)
+
     def mean_loss(self, model: nn.Module, batch: Batch) -> mx.array:
         """The mean loss over the supervised targets of a batch, in nats: what the fit descends."""
         inputs = mx.array(batch.inputs)

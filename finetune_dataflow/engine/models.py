@@ -21,6 +21,10 @@ def load_model(base_model_path: Path, adapter_path: Path | None = None) -> nn.Mo
         model, _ = load_base_model(base_model_path, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"The model in {base_model_path} cannot be loaded: {error}") from error
+    except SystemExit as error:  # mlx-lm's OLMo exits where its package is missing
+        raise UserError(
+            f"The model in {base_model_path} cannot be loaded: mlx-lm says above which package it needs for it."
+        ) from error
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     if adapter_path is not None:

@@ -18,18 +18,19 @@ QUIET_SECONDS = 10.0  # between two plain lines
 class Bar:
     """A bar on a terminal; elsewhere a log line every ten seconds and at the end."""
 
-    def __init__(self, total: int, description: str) -> None:
-        """Start at none of `total` steps."""
+    def __init__(self, total: int, description: str, done: int = 0) -> None:
+        """Start with `done` of `total` steps behind."""
         self._total, self._description = total, description
-        self._done, self._said_done, self._figures = 0, 0, ""
+        self._before = self._done = self._said_done = done
+        self._figures = ""
         self._started = self._said = time.monotonic()
         interactive = sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=description, leave=True, dynamic_ncols=True) if interactive else None
+        self._bar = tqdm(total=total, initial=done, desc=description, leave=True, dynamic_ncols=True) if interactive else None
 
-    def advance(self, steps: int = 1, **figures: str) -> None:
+    def advance(self, steps: int = 1, figures: str = "") -> None:
         """Count `steps` more as done and show `figures` beside them."""
         self._done += steps
-        self._figures = ", ".join(f"{name} {value}" for name, value in figures.items()) or self._figures
+        self._figures = figures or self._figures
         if self._bar is not None:
             self._bar.set_postfix_str(self._figures, refresh=False)
             self._bar.update(steps)
@@ -46,7 +47,7 @@ class Bar:
     def _say(self) -> None:
         self._said, self._said_done = time.monotonic(), self._done
         spent = self._said - self._started
-        left = spent / max(self._done, 1) * (self._total - self._done)
+        left = spent / max(self._done - self._before, 1) * (self._total - self._done)
         figures = f", {self._figures}" if self._figures else ""
         logger.info("%s: %d/%d, %.0f s, %.0f s left%s", self._description, self._done, self._total, spent, left, figures)
 

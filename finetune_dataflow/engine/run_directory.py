@@ -8,12 +8,13 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import finetune_dataflow
 from finetune_dataflow.engine import files
+from finetune_dataflow.engine.settings import differences
 from finetune_dataflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ if TYPE_CHECKING:
 
 HISTORY, LINEAGE, METRICS = "metrics.jsonl", "lineage.json", "metrics.json"
 HOLD_OUT_INPUTS = "hold_out_inputs.txt"
+CHECKPOINTS = "checkpoints"
 WEIGHTS = Path("adapters") / "adapters.safetensors"
-OWN_FILES = (HISTORY, LINEAGE, METRICS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "adapters")
+OWN_FILES = (HISTORY, LINEAGE, METRICS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "adapters", CHECKPOINTS)
 
 
 logger = logging.getLogger(__name__)
@@ -35,11 +37,13 @@ class RunIdentity:
     names: where its data and model came from; they do not count, their fingerprints do.
     settings: every other input that its result depends on, by name.
     fingerprints: of the data, the base model and, where one is given, the adapter.
+    unbinding: settings that do not count, because they change what is written down and not what is learned.
     """
 
     names: dict[str, str]
     settings: dict[str, Any]
     fingerprints: dict[str, str]
+    unbinding: dict[str, Any] = field(default_factory=dict)
 
     @property
     def values(self) -> dict[str, Any]:
@@ -57,13 +61,14 @@ class RunIdentity:
         return {"model": self.names["model_id"], "fingerprints": self.fingerprints}
 
 
-def run_identity(settings: dict[str, Any], fingerprints: dict[str, str]) -> RunIdentity:
+def run_identity(settings: dict[str, Any], fingerprints: dict[str, str], unbinding: dict[str, Any] | None = None) -> RunIdentity:
     """The identity of a run with these inputs."""
     names = ("data_path", "model_id")
     return RunIdentity(
         {name: settings[name] for name in names},
         {name: value for name, value in settings.items() if name not in names},
         fingerprints,
+        unbinding or {},
     )
 
 
@@ -93,7 +98,7 @@ def held(output_dir: str, identity: RunIdentity) -> Iterator[Path]:
 def check_unclaimed(directory: Path, identity: RunIdentity) -> None:
     """Raise UserError where `directory` holds another run, or files that a run would overwrite.
 
-    A run that left neither weights nor metrics, because it was stopped by its first error, gives its directory up.
+    A run that left no weights, metrics or checkpoints, because it was stopped by its first error, gives its directory up.
     """
     if not (directory / LINEAGE).is_file():
         taken = [name for name in OWN_FILES if (directory / name).exists()]
@@ -106,13 +111,9 @@ def check_unclaimed(directory: Path, identity: RunIdentity) -> None:
     there, asked = _identity_there(directory), _plain_values(identity)
     if there is None:
         raise UserError(f"{directory / LINEAGE} cannot be read. Name another output directory.")
-    if not (directory / WEIGHTS).is_file() and not (directory / METRICS).is_file():
+    if not any((directory / name).exists() for name in (WEIGHTS, METRICS, CHECKPOINTS)):
         return
-    differing = [
-        f"{name} is {_short(there.get(name))} there and {_short(asked.get(name))} here"
-        for name in sorted({*there, *asked})
-        if there.get(name) != asked.get(name)
-    ]
+    differing = differences(there, asked)
     if differing:
         raise UserError(
             f"The output directory {directory} holds another run: {'; '.join(differing)}. "
@@ -170,11 +171,6 @@ def finished_metrics(directory: Path, identity: RunIdentity, evaluation: dict[st
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None
     return metrics if isinstance(metrics, dict) and metrics.get("evaluation") == evaluation else None
-
-
-def _short(value: object) -> str:
-    text = "not set" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:20]}…"
 
 
 def versions() -> dict[str, str]:

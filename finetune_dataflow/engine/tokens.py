@@ -78,6 +78,22 @@ class TokenColumns:
         """The prompt of the row at `index`, as generation is fed it."""
         return self.row_ids(index)[: self.prompt_lengths[index]].tolist()
 
+    def take(self, indices: Sequence[int]) -> TokenColumns:
+        """The rows at `indices`, in that order."""
+        chosen = list(indices)
+        places = [np.arange(self.offsets[index], self.offsets[index + 1]) for index in chosen]
+        flat = np.concatenate(places) if places else np.zeros(0, np.int64)
+        return TokenColumns(
+            rows=self.rows[chosen],
+            offsets=np.concatenate([[0], np.cumsum(self.lengths[chosen])]).astype(np.int64),
+            input_ids=self.input_ids[flat],
+            labels=self.labels[flat],
+            prompt_lengths=self.prompt_lengths[chosen],
+            truncated=self.truncated[chosen],
+            joint_differs=self.joint_differs[chosen],
+            skipped_turns=self.skipped_turns[chosen],
+        )
+
 
 @dataclass(frozen=True)
 class EncodedRow:

@@ -1,6 +1,8 @@
-"""The fit: LoRA layers trained with token-weighted loss, every row once an epoch, the best adapter kept.
+"""The fit: token-weighted loss, every row once an epoch, exact checkpoints, the best adapter kept.
 
 mlx-lm gives the layers and the file layout; the loop is our own (docs/training.md says which of its trainer's habits differ).
+Whatever the next update depends on stands in `_State`, the trainable parameters, the optimiser's arrays and the gradients
+added up so far; a checkpoint holds these four, so a fit that was killed goes on as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -9,28 +11,41 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx.optimizers as optimizers
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from finetune_dataflow.engine import adapters, memory
 from finetune_dataflow.engine.batches import Batch, batch, epoch_order, widths
-from finetune_dataflow.engine.losses import mean_loss, proven_path
+from finetune_dataflow.engine.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
+from finetune_dataflow.engine.event_log import EventLog
+from finetune_dataflow.engine.fit_plan import chosen_rows, fit_plan
+from finetune_dataflow.engine.fit_settings import FitSettings
+from finetune_dataflow.engine.interrupts import Interrupts, Stopped, held_back
+from finetune_dataflow.engine.losses import LossPath, mean_loss, proven_path
+from finetune_dataflow.engine.methods import adapter_config, make_trainable, trainable
 from finetune_dataflow.engine.models import load_model
+from finetune_dataflow.engine.optimizers import clipped, fit_optimizer, global_norm
 from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.engine.randomness import seeded
-from finetune_dataflow.engine.settings import FitSettings
+from finetune_dataflow.engine.recompute import recomputing
+from finetune_dataflow.engine.schedules import rate_of_update
+from finetune_dataflow.engine.settings import differences
+from finetune_dataflow.engine.starting_weights import start_from
 from finetune_dataflow.engine.tokens import TokenColumns
 from finetune_dataflow.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HISTORY = "metrics.jsonl"
+HISTORY, CHECKPOINTS, BEST, LAST = "metrics.jsonl", "checkpoints", "adapters", "adapters-last"
+SECONDS_BETWEEN_SAVES = 60.0  # where save_every is not given
+MOST_OF_TIME_SAVING = 0.05  # of the fit's time, then
 
 
 @dataclass(frozen=True)
@@ -38,11 +53,16 @@ class FitSummary:
     """What a finished fit has to say of itself.
 
     Losses are in nats per supervised token; `train_loss` is the mean over the last epoch's updates. `best_step` counts
-    updates; 0 means that no update improved the validation loss. Tokens are counted over all epochs, padding never.
+    updates; 0 means that no update was better than none. `best_score` is the value of `best_metric` there. `steps` are the
+    updates made, `planned_steps` more where the fit stopped early. Tokens are counted over all epochs, padding never.
     """
 
     steps: int
+    planned_steps: int
+    stopped_early: bool
     best_step: int
+    best_metric: str
+    best_score: float
     best_validation_loss: float
     first_validation_loss: float
     train_loss: float
@@ -55,18 +75,33 @@ class FitSummary:
     loss_path: str
 
 
-def total_steps(rows: int, settings: FitSettings) -> int:
-    """The updates of the whole fit: `epochs` times the batches of one epoch, rounded up."""
-    return math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
+@dataclass
+class _State:
+    """Everything that the rest of a fit depends on besides arrays. Sums are over supervised tokens."""
 
-
-def learning_rate(step: int, steps: int, settings: FitSettings) -> float:
-    """The rate of update `step` (from 0): a linear warm-up that never starts at zero, then a half cosine to zero."""
-    warmup = round(settings.warmup_proportion * steps)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+    batches: int = 0
+    updates: int = 0
+    window_loss: float = 0.0
+    window_supervised: int = 0
+    window_rows: list[int] = field(default_factory=list)
+    report_loss: float = 0.0
+    report_supervised: int = 0
+    epoch_loss: float = 0.0
+    epoch_supervised: int = 0
+    trained_tokens: int = 0
+    supervised_tokens: int = 0
+    busy_seconds: float = 0.0
+    first_validation_loss: float = math.inf
+    validation_loss: float = math.inf
+    best_loss: float = math.inf
+    best_score: float = -math.inf
+    best_step: int = 0
+    validations_since_best: int = 0
+    stopped_early: bool = False
+    shapes: list[list[int]] = field(default_factory=list)
+    gathered: bool = False
+    loss_path: str = ""
+    history_bytes: int = 0
 
 
 def fit(
@@ -75,34 +110,38 @@ def fit(
     validation: TokenColumns,
     settings: FitSettings,
     run_directory: Path,
-    adapter_config: dict[str, object],
+    adapter_notes: dict[str, object],
     used_inputs: frozenset[str] = frozenset(),
+    *,
+    start: Path | None = None,
+    score: Callable[[nn.Module], float] | None = None,
 ) -> FitSummary:
-    """Fit an adapter and keep the one with the best validation loss in `<run_directory>/adapters`.
+    """Fit an adapter, or go on with a fit that was interrupted, and keep the best in `<run_directory>/adapters`.
 
-    Validation runs over the whole validation set before the first update, `evals_per_epoch` times an epoch, and at the end;
-    it draws no random numbers. `metrics.jsonl` is written as the fit goes. Raises UserError on a loss that is not
-    finite, with the row numbers of the batch; the best adapter so far stays as it is.
+    start: weights to start from. score: what the best adapter has most of; without it, the least validation loss.
+    Validation runs before the first update, every steps_per_eval updates and at the end; it draws no random numbers.
+    `metrics.jsonl` is written as the fit goes. Raises UserError on a loss or gradient that is not finite, with the row
+    numbers; the best adapter so far stays as it is. Raises Stopped on Ctrl-C, after the batch is finished and saved.
     """
     model = load_model(base_model_path)
-    adapters.add_lora_layers(model, settings)
-    directory = run_directory / "adapters"
-    directory.mkdir(parents=True, exist_ok=True)
-    parameters = {
-        "fine_tune_type": "lora",
-        "num_layers": adapters.adapted_layers(settings, len(model.layers)),
-        "lora_parameters": adapters.lora_parameters(settings),
-    }
-    adapters.save_config(directory, {**parameters, **adapter_config})
-    adapters.save_used_inputs(directory, used_inputs)
-    with (run_directory / HISTORY).open("w", encoding="utf-8") as history:
-        summary = _Fit(model, train, validation, settings, directory, history).run()
-        _record(history, event="end", **asdict(summary))
+    make_trainable(model, settings.method)
+    if start is not None:
+        start_from(model, start)
+    config = {**adapter_config(settings.method, len(model.layers)), **adapter_notes}
+    for directory in (run_directory / BEST, run_directory / LAST):
+        adapters.save_config(directory, config)
+        adapters.save_used_inputs(directory, used_inputs)
+    with EventLog(run_directory / HISTORY) as history, recomputing(model) if settings.loop.grad_checkpoint else nullcontext():
+        running = _Fit(model, train, validation, settings, run_directory, history, score)
+        with held_back() as interrupts:
+            summary = running.run(interrupts)
+        adapters.save_weights(model, run_directory / LAST)
+        history.write(event="end", **asdict(summary))
     return summary
 
 
 class _Fit:
-    """The state of one fit: model, optimiser, best loss so far, and the record that is streamed."""
+    """One fit: model, optimiser and `state`, which together are what a checkpoint holds, and the log that is streamed."""
 
     def __init__(
         self,
@@ -111,111 +150,234 @@ class _Fit:
         validation: TokenColumns,
         settings: FitSettings,
         directory: Path,
-        history: TextIO,
+        history: EventLog,
+        score: Callable[[nn.Module], float] | None,
     ) -> None:
-        self.model, self.settings, self.directory, self.history = model, settings, directory, history
-        self.train, self.validation = train, validation
-        self.steps = total_steps(len(train), settings)
-        self.batch_size = min(settings.batch_size, len(train))  # lines of a batch; more would only pad
-        self.per_epoch = math.ceil(len(train) / settings.batch_size)
-        self.optimizer = optimizers.AdamW(learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
-        model.eval()  # dropout would make the two paths differ
-        self.path = proven_path(model, next(self._batches()))
+        self.model, self.settings, self.directory, self.history, self.score = model, settings, directory, history, score
+        self.train = train
+        self.plan = fit_plan(settings, len(train), len(validation))
+        self.validation = chosen_rows(validation, self.plan.validation_rows, settings.random_state)
+        self.identity = {
+            **settings.values, "train_set": train.fingerprint(), "validation_set": self.validation.fingerprint()
+        }  # fmt: skip
+        self.rate = rate_of_update(settings.optimizer, self.plan.updates, self.plan.updates_per_epoch)
+        self.optimizer = fit_optimizer(settings.optimizer)
+        self.batch_size = min(settings.loop.batch_size, len(train))  # lines of a batch; more would only pad
+        self.state, self.accumulated = _State(), cast(dict[str, Any], {})
+        model.eval()  # dropout would make the two paths of the loss differ
+        self._resume()
         self.loss_and_gradient = nn.value_and_grad(model, self.path.mean_loss)
-        self.best_loss, self.best_step = math.inf, 0
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
 
-    def run(self) -> FitSummary:
-        """Every update from the first to the last."""
-        first_loss = self._validate(0)
-        shapes: set[tuple[int, ...]] = set()
-        epoch_loss = epoch_supervised = 0.0
-        tokens = supervised = 0
-        busy = 0.0
-        bar = Bar(self.steps, "fit")
+    def run(self, interrupts: Interrupts) -> FitSummary:
+        """Every batch that is left, to the end of the fit."""
+        state, plan = self.state, self.plan
         memory.reset_peak()
+        if state.first_validation_loss == math.inf:
+            state.first_validation_loss = self._validate()
+        bar = Bar(plan.updates, "fit", done=state.updates)
         self.model.train()
-        for step, current in enumerate(self._batches()):
+        for current in self._batches():
             started = time.perf_counter()
-            loss = self._update(step, current)
-            busy += time.perf_counter() - started
-            tokens += int(self.train.lengths[list(current.indices)].sum())
-            supervised += current.supervised
-            shapes.add(current.inputs.shape)
-            if step % self.per_epoch == 0:
-                epoch_loss = epoch_supervised = 0.0
-            epoch_loss += loss * current.supervised
-            epoch_supervised += current.supervised
-            rate = tokens / busy
-            bar.advance(loss=f"{loss:.3f}", validation=f"{self.best_loss:.3f}", speed=f"{rate:.0f} tokens/s")
-            _record(
-                self.history,
-                event="train",
-                step=step + 1,
-                loss=loss,
-                tokens_per_second=round(rate, 1),
-                learning_rate=learning_rate(step, self.steps, self.settings),
-                supervised_tokens=supervised,
-            )
-            if self._validation_due(step + 1):
-                self._validate(step + 1)
+            self._accumulate(current)
+            ended = plan.ends_update(state.batches)
+            if ended:
+                self._update()
+            state.busy_seconds += time.perf_counter() - started
+            if ended:
+                bar.advance(figures=self._figures())
+                self._between_updates()
+            if interrupts.requested and state.batches < plan.batches:
+                bar.close()
+                self._stop()
+            if state.stopped_early:
+                break
         bar.close()
-        return FitSummary(
-            steps=self.steps,
-            best_step=self.best_step,
-            best_validation_loss=self.best_loss,
-            first_validation_loss=first_loss,
-            train_loss=epoch_loss / epoch_supervised,
-            trained_tokens=tokens,
-            supervised_tokens=supervised,
-            tokens_per_second=round(tokens / busy, 1),
-            peak_memory_bytes=memory.peak_bytes(),
-            device=str(mx.default_device().type).rpartition(".")[2],
-            shapes=len(shapes),
-            loss_path=self.path.reason,
-        )
+        return self._summary()
 
     def _batches(self) -> Iterator[Batch]:
         settings, ladder = self.settings, widths(self.train.lengths)
-        for step in range(self.steps):
-            epoch, place = divmod(step, self.per_epoch)
-            if place == 0:
-                order = epoch_order(self.train, settings.batch_size, settings.random_state, epoch)
+        order: list[list[int]] = []
+        for number in range(self.state.batches, self.plan.batches):
+            epoch, place = divmod(number, self.plan.batches_per_epoch)
+            if place == 0 or not order:
+                order = epoch_order(self.train, settings.loop.batch_size, settings.random_state, epoch)
             yield batch(self.train, order[place], self.batch_size, ladder)
 
-    def _update(self, step: int, current: Batch) -> float:
-        self.optimizer.learning_rate = learning_rate(step, self.steps, self.settings)
-        # Seeded by the step, so that dropout does not depend on what was drawn before.
-        with seeded(self.settings.random_state * 1_000_003 + step):
+    def _accumulate(self, current: Batch) -> None:
+        """Add a batch's gradient, weighted by its supervised tokens, to what the next update descends."""
+        state, supervised = self.state, current.supervised
+        rows = [int(self.train.rows[index]) for index in current.indices]
+        # Seeded by the batch's number, so that dropout does not depend on what was drawn before.
+        with seeded(self.settings.random_state * 1_000_003 + state.batches):
             loss, gradient = self.loss_and_gradient(self.model, current)
+            mx.eval(loss, gradient)
         value = loss.item()
         if not math.isfinite(value):
-            rows = ", ".join(str(self.train.rows[index]) for index in current.indices)
-            raise UserError(f"The loss of update {step + 1} is {value}, on rows {rows}. {self._remedy()}")
-        self.optimizer.update(self.model, gradient)
-        mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        return value
+            self._refuse("loss", value, rows)
+        if self.plan.accumulation > 1:
+            weighted = tree_map(lambda each: each * supervised, gradient)
+            gradient = tree_map(mx.add, self.accumulated, weighted) if self.accumulated else weighted
+            mx.eval(gradient)
+        self.accumulated = gradient
+        if state.batches % self.plan.batches_per_epoch == 0:
+            state.epoch_loss, state.epoch_supervised = 0.0, 0
+        state.window_rows += rows
+        state.window_loss += value * supervised
+        state.window_supervised += supervised
+        state.trained_tokens += int(self.train.lengths[list(current.indices)].sum())
+        state.supervised_tokens += supervised
+        state.batches += 1
+        if [*current.inputs.shape] not in state.shapes:
+            state.shapes.append([*current.inputs.shape])
 
-    def _remedy(self) -> str:
-        kept = f" The best adapter so far (update {self.best_step}) is in {self.directory}." if self.best_loss < math.inf else ""
-        return f"Lower learning_rate or lora_scale, or look at the rows.{kept}"
+    def _update(self) -> None:
+        """One update by the gradients added up since the last."""
+        state = self.state
+        gradient, supervised = self.accumulated, state.window_supervised
+        if self.plan.accumulation > 1:
+            gradient = tree_map(lambda each: each / supervised, gradient)
+        norm = global_norm(gradient)
+        self.gradient_norm = float(norm)
+        if not math.isfinite(self.gradient_norm):
+            self._refuse("gradient's norm", self.gradient_norm, state.window_rows)
+        self.optimizer.update(
+            self.model, clipped(gradient, norm, self.settings.optimizer.max_grad_norm), self.rate(state.updates)
+        )
+        mx.eval(self.model.trainable_parameters(), self.optimizer.arrays())
+        state.updates += 1
+        state.epoch_loss, state.epoch_supervised = state.epoch_loss + state.window_loss, state.epoch_supervised + supervised
+        state.report_loss, state.report_supervised = state.report_loss + state.window_loss, state.report_supervised + supervised
+        state.window_loss, state.window_supervised, state.window_rows, self.accumulated = 0.0, 0, [], {}
 
-    def _validation_due(self, done: int) -> bool:
-        place, evaluations = done % self.per_epoch or self.per_epoch, min(self.settings.evals_per_epoch, self.per_epoch)
-        due = {math.ceil(self.per_epoch * each / evaluations) for each in range(1, evaluations + 1)}
-        return place in due or done == self.steps
+    def _between_updates(self) -> None:
+        """Report, validate, stop early, save: whatever is due after an update."""
+        state, plan, loop = self.state, self.plan, self.settings.loop
+        last = state.batches == plan.batches
+        if last or state.updates % plan.steps_per_report == 0:
+            self._report()
+        if last or state.updates % plan.steps_per_eval == 0:
+            self._validate()
+            patience = loop.early_stopping_patience
+            state.stopped_early = not last and patience is not None and state.validations_since_best >= patience
+        if loop.clear_cache_threshold is not None and mx.get_cache_memory() > loop.clear_cache_threshold:
+            mx.clear_cache()
+        if not last and not state.stopped_early and self._save_due():
+            self._save()
 
-    def _validate(self, step: int) -> float:
-        loss = mean_loss(self.model, self.validation, self.batch_size, self.path)
+    def _report(self) -> None:
+        state = self.state
+        self.history.write(
+            event="train",
+            step=state.updates,
+            loss=state.report_loss / state.report_supervised,
+            learning_rate=self.rate(state.updates - 1),
+            gradient_norm=self.gradient_norm,
+            tokens_per_second=round(state.trained_tokens / state.busy_seconds, 1) if state.busy_seconds else None,
+            supervised_tokens=state.supervised_tokens,
+            peak_memory_bytes=memory.peak_bytes(),
+        )
+        state.report_loss, state.report_supervised = 0.0, 0
+
+    def _validate(self) -> float:
+        """The validation loss, and with it the choice of the best adapter."""
+        state = self.state
+        loss = state.validation_loss = mean_loss(self.model, self.validation, self.batch_size, self.path)
         if not math.isfinite(loss):
-            raise UserError(f"The validation loss before update {step + 1} is {loss}. {self._remedy()}")
+            raise UserError(f"The validation loss after update {state.updates} is {loss}. {self._remedy()}")
+        found = -loss if self.score is None else self.score(self.model)
         self.model.train()
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, step
-            adapters.save_weights(self.model, self.directory)
-        _record(self.history, event="validation", step=step, loss=loss, best_step=self.best_step)
+        if found > state.best_score:
+            state.best_score, state.best_loss, state.best_step, state.validations_since_best = found, loss, state.updates, 0
+            adapters.save_weights(self.model, self.directory / BEST)
+        else:
+            state.validations_since_best += 1
+        scored = {} if self.score is None else {self.settings.loop.best_metric: found}
+        self.history.write(event="validation", step=state.updates, loss=loss, **scored, best_step=state.best_step)
         return loss
 
+    def _save_due(self) -> bool:
+        if self.plan.save_every is not None:
+            return self.state.updates % self.plan.save_every == 0
+        return time.monotonic() - self.saved_at > max(SECONDS_BETWEEN_SAVES, self.save_seconds / MOST_OF_TIME_SAVING)
 
-def _record(history: TextIO, **values: object) -> None:
-    history.write(json.dumps(values) + "\n")
-    history.flush()
+    def _save(self) -> None:
+        started = time.monotonic()
+        self.state.history_bytes = self.history.size()
+        checkpoint = Checkpoint(
+            step=self.state.updates,
+            parameters=trainable(self.model),
+            optimizer=self.optimizer.arrays(),
+            accumulated=dict(cast(list[tuple[str, mx.array]], tree_flatten(self.accumulated))) if self.accumulated else {},
+            state={**asdict(self.state), "identity": self.identity},
+        )
+        save_checkpoint(self.directory / CHECKPOINTS, checkpoint, self.settings.loop.keep_checkpoints)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - started
+
+    def _resume(self) -> None:
+        """Go on from the newest checkpoint, where there is one; else find out how the loss may be computed."""
+        checkpoint = latest_checkpoint(self.directory / CHECKPOINTS)
+        if checkpoint is None:
+            self.history.cut(0)
+            self.path = proven_path(self.model, next(self._batches()))
+            self.state.gathered, self.state.loss_path = self.path.head is not None, self.path.reason
+            return
+        saved = dict(checkpoint.state)
+        changed = differences(saved.pop("identity", {}), json.loads(json.dumps(self.identity)))
+        if changed:
+            raise UserError(f"The checkpoints in {self.directory / CHECKPOINTS} are of another fit: {'; '.join(changed)}.")
+        self.model.update(tree_unflatten(list(checkpoint.parameters.items())))
+        self.optimizer.restore(self.model, checkpoint.optimizer)
+        self.accumulated = tree_unflatten(list(checkpoint.accumulated.items())) if checkpoint.accumulated else {}
+        self.state = _State(**saved)
+        self.path = LossPath.again(self.model, self.state.gathered, self.state.loss_path)
+        self.history.cut(self.state.history_bytes)
+        self.history.write(event="resume", step=self.state.updates)
+        logger.info("The fit in %s goes on after update %d of %d.", self.directory, self.state.updates, self.plan.updates)
+
+    def _stop(self) -> None:
+        self._save()
+        raise Stopped(
+            f"Stopped after update {self.state.updates} of {self.plan.updates}; everything is saved in "
+            f"{self.directory / CHECKPOINTS}. The same command goes on from there."
+        )
+
+    def _figures(self) -> str:
+        """What the bar shows: losses, learning rate, tokens and learned tokens a second, peak memory."""
+        state, seconds = self.state, max(self.state.busy_seconds, 1e-9)
+        speeds = f"{state.trained_tokens / seconds:.0f} tok/s, {state.supervised_tokens / seconds:.0f} learned"
+        return (
+            f"loss {state.report_loss / state.report_supervised:.3f}, val {state.validation_loss:.3f}, "
+            f"lr {self.rate(state.updates - 1):.1e}, {speeds}, {memory.peak_bytes() / 2**30:.1f} GiB"
+        )
+
+    def _refuse(self, what: str, value: float, rows: list[int]) -> None:
+        raise UserError(
+            f"The {what} of update {self.state.updates + 1} is {value}, on rows {', '.join(map(str, rows))}. {self._remedy()}"
+        )
+
+    def _remedy(self) -> str:
+        kept = f" The best adapter so far (update {self.state.best_step}) is in {self.directory / BEST}."
+        return f"Lower learning_rate or lora_scale, or look at the rows.{kept if self.state.best_score > -math.inf else ''}"
+
+    def _summary(self) -> FitSummary:
+        state, metric = self.state, self.settings.loop.best_metric
+        return FitSummary(
+            steps=state.updates,
+            planned_steps=self.plan.updates,
+            stopped_early=state.stopped_early,
+            best_step=state.best_step,
+            best_metric=metric,
+            best_score=abs(state.best_score),
+            best_validation_loss=state.best_loss,
+            first_validation_loss=state.first_validation_loss,
+            train_loss=state.epoch_loss / state.epoch_supervised,
+            trained_tokens=state.trained_tokens,
+            supervised_tokens=state.supervised_tokens,
+            tokens_per_second=round(state.trained_tokens / state.busy_seconds, 1),
+            peak_memory_bytes=memory.peak_bytes(),
+            device=str(mx.default_device().type).rpartition(".")[2],
+            shapes=len(state.shapes),
+            loss_path=state.loss_path,
+        )

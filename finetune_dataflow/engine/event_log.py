@@ -1,0 +1,41 @@
+"""A log of events, one JSON object a line, that a plot can follow while it is written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+
+from finetune_dataflow.engine.files import writing
+
+
+class EventLog:
+    """A JSONL file that events are appended to, each by one write, so that no reader sees half a line."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the log for appending; what it holds stays."""
+        self.path = path
+        self._file = path.open("ab", buffering=0)
+
+    def __enter__(self) -> EventLog:
+        """The log itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def write(self, **values: object) -> None:
+        """Append one event. Raises UserError where the disk is full."""
+        with writing(self.path):
+            self._file.write((json.dumps(values) + "\n").encode())
+
+    def size(self) -> int:
+        """The bytes written so far, flushed to the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.seek(0, os.SEEK_END)
+
+    def cut(self, size: int) -> None:
+        """Take back everything after the first `size` bytes."""
+        self._file.truncate(min(size, self._file.seek(0, os.SEEK_END)))
