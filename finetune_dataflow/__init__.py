@@ -12,6 +12,7 @@ Every function below is a node of an Apache Hamilton graph; its parameters name 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 NODES = {
     "dataset": (
         "data_source",
+        "source_content",
         "source_rows",
         "shaped_rows",
         "records",
@@ -61,6 +63,7 @@ NODES = {
     ),
     "lineage": (
         "preparation_settings",
+        "rendering_fingerprints",
         "run_identity__base",
         "run_identity__presaved",
         "run_directory__presaved",
@@ -75,8 +78,11 @@ NODES = {
         "fit_settings__base",
         "fit_plan__base",
         "starting_weights__base",
+        "adapter_copy_target__base",
+        "trained_parameters__base",
     ),
     "fitting": (
+        "used_inputs__base",
         "finished_fit__base",
         "run_directory__base",
         "adapter_path__base",
@@ -121,13 +127,46 @@ NODES = {
 }
 
 
+# The nodes that run a model, and the nodes that write a file, with the file's name: their tags `cost` and `artifact`.
+COSTLY = (
+    "finished_fit__base",
+    "base_replies",
+    "tuned_replies",
+    "base_losses",
+    "tuned_losses",
+    "prompt_reply",
+    "complete_model__base",
+)
+ARTIFACTS = {
+    "finished_fit__base": "metrics.jsonl",
+    "adapter_path__base": "adapters",
+    "config_file": "config.yaml",
+    "lineage_file": "lineage.json",
+    "row_ledger_file": "row_ledger.jsonl",
+    "label_audit_file": "label_audit.html",
+    "hold_out_inputs_file": "hold_out_inputs.txt",
+    "predictions_file": "predictions.jsonl",
+    "metrics_file": "metrics.json",
+    "complete_model__base": "model",
+}
+
+
 def __getattr__(name: str) -> Callable[..., Any]:
     """The node of that name."""
     for module, names in NODES.items():
         if name in names:
-            node: Callable[..., Any] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
-            return node
+            return _tagged(getattr(importlib.import_module(f"{__name__}.{module}"), name), name, module)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def _tagged(node: Callable[..., Any], name: str, module: str) -> Callable[..., Any]:
+    """The node with tags that answer: of which stage, does it run a model, which file does it write?"""
+    from hamilton.function_modifiers import tag
+
+    artifact = {"artifact": ARTIFACTS[name]} if name in ARTIFACTS else {}
+    tagged: Callable[..., Any] = tag(stage=module, cost="model" if name in COSTLY else "light", **artifact)(node)
+    return tagged
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -28,8 +29,8 @@ def data_quality(records: pd.DataFrame, base_model_path: Path, chat_template: st
 
 
 def label_audit(
-    train_conversations: list[Conversation],
-    validation_conversations: list[Conversation],
+    train_conversations: Sequence[Conversation],
+    validation_conversations: Sequence[Conversation],
     train_tokens: TokenColumns,
     validation_tokens: TokenColumns,
     base_model_path: Path,
@@ -50,7 +51,7 @@ def label_audit(
 
 
 def hold_out_audit(
-    hold_out_conversations: list[Conversation], hold_out_tokens: TokenColumns, base_model_path: Path, chat_template: str
+    hold_out_conversations: Sequence[Conversation], hold_out_tokens: TokenColumns, base_model_path: Path, chat_template: str
 ) -> LabelAudit:
     """The same of the hold-out, apart, because nothing before the verdict may depend on it."""
     encoder = engine.chat.load_encoder(base_model_path, chat_template)

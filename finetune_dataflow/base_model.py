@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.embedded_model import EMBEDDED_MODEL_ID, embedded_model_directory
 from finetune_dataflow.engine.settings import QuantizationSettings
 
@@ -29,6 +30,7 @@ def quantization_settings(quantize_bits: int = 0, quantize_group_size: int = 64)
     return QuantizationSettings(quantize_bits, quantize_group_size)
 
 
+@computed_anew
 def base_model_path(base_model_name: str, quantization_settings: QuantizationSettings) -> Path:
     """The directory of the base model on this machine: config.json, safetensors weights, tokenizer.
 

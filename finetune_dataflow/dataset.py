@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.engine.shapes import ShapedRows, ShapeSettings
 from finetune_dataflow.engine.sources import Source
 from finetune_dataflow.errors import UserError
@@ -54,12 +55,20 @@ def data_source(
     return DataSource(data_path, input_text_key, output_text_key, context_key, group_key, row_shape, object_format)
 
 
-def source_rows(data_source: DataSource) -> Source:
+@computed_anew
+def source_content(data_source: DataSource) -> str:
+    """The fingerprint of the data's bytes; of what lies elsewhere another one each time, because only reading it can tell."""
+    return engine.path_contents.source_content(data_source.data_path)
+
+
+def source_rows(data_source: DataSource, source_content: str) -> Source:
     """Every row of the data as it stands there, with its number, and its set where the data says one.
 
-    Raises UserError naming the file and the place where it cannot be read.
+    Raises UserError naming the file and the place where it cannot be read, or where it changed while it was read.
     """
-    return engine.sources.read_source(data_source.data_path)
+    rows = engine.sources.read_source(data_source.data_path)
+    engine.path_contents.check_unchanged(data_source.data_path, source_content)
+    return rows
 
 
 def shaped_rows(source_rows: Source, data_source: DataSource) -> ShapedRows:

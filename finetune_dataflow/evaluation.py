@@ -93,10 +93,9 @@ def comparison(
 
 
 @config.when(start="base")
-def seen_rows__base(train_set: pd.DataFrame, validation_set: pd.DataFrame, hold_out_set: pd.DataFrame) -> int | None:
-    """How many hold-out rows have an input that the fit used; 0 by the split, unless a set was overridden."""
-    used = engine.splitting.hashes([*engine.records.identities(train_set), *engine.records.identities(validation_set)])
-    return engine.splitting.seen(engine.records.identities(hold_out_set), used)
+def seen_rows__base(used_inputs: frozenset[str] | None, hold_out_set: pd.DataFrame) -> int | None:
+    """How many hold-out rows have an input that the fit used, or a fit before it; None where that cannot be told."""
+    return None if used_inputs is None else engine.splitting.seen(engine.records.identities(hold_out_set), used_inputs)
 
 
 @config.when(start="presaved")

@@ -9,10 +9,12 @@ import pandas as pd
 from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.engine.audit import LabelAudit
-from finetune_dataflow.engine.fit_settings import MethodSettings
+from finetune_dataflow.engine.fit_settings import FitSettings
 
 
+@computed_anew
 def row_ledger_file(run_directory: Path, row_ledger: pd.DataFrame) -> Path:
     """row_ledger.jsonl: every row of the data file and what became of it, a line each."""
     text = engine.files.json_lines(row_ledger.to_dict("records"))
@@ -20,12 +22,14 @@ def row_ledger_file(run_directory: Path, row_ledger: pd.DataFrame) -> Path:
     return engine.files.write_if_changed(run_directory / "row_ledger.jsonl", text, invalidated=metrics)
 
 
+@computed_anew
 def label_audit_file(run_directory: Path, label_audit: LabelAudit) -> Path:
     """label_audit.html: what is learned, in figures and in three rows with what is learned marked."""
     path = run_directory / "label_audit.html"
     return engine.files.write_if_changed(path, label_audit.html(), invalidated=run_directory / engine.run_directory.METRICS)
 
 
+@computed_anew
 def hold_out_inputs_file(run_directory: Path, hold_out_set: pd.DataFrame) -> Path:
     """hold_out_inputs.txt: the hold-out's inputs as hashes, so that a later fit can tell that it trains on them."""
     kept = sorted(engine.splitting.hashes(engine.records.identities(hold_out_set)))
@@ -34,6 +38,7 @@ def hold_out_inputs_file(run_directory: Path, hold_out_set: pd.DataFrame) -> Pat
     return engine.files.write_if_changed(path, text, invalidated=run_directory / engine.run_directory.METRICS)
 
 
+@computed_anew
 def predictions_file(run_directory: Path, hold_out_predictions: pd.DataFrame) -> Path:
     """predictions.jsonl: every hold-out row with the reference and both replies, a line each."""
     text = engine.files.json_lines(hold_out_predictions.to_dict("records"))
@@ -41,6 +46,7 @@ def predictions_file(run_directory: Path, hold_out_predictions: pd.DataFrame) ->
     return engine.files.write_if_changed(run_directory / "predictions.jsonl", text, invalidated=metrics)
 
 
+@computed_anew
 def metrics_file(
     run_directory: Path,
     run_metrics: dict[str, Any],
@@ -54,26 +60,25 @@ def metrics_file(
     return engine.files.write_json(run_directory / engine.run_directory.METRICS, run_metrics)
 
 
+@computed_anew
 @config.when(start="base")
-def adapter_copy__base(adapter_path: Path, save_adapter_to: str = "") -> Path | None:
-    """A second copy of the adapter where one is wanted, else None.
-
-    Inputs:
-        save_adapter_to: A directory that the adapter is written to, too; a YAML of mlx-lm's calls it adapter_path.
-    """
-    return engine.adapters.copy_adapter(adapter_path, engine.files.user_path(save_adapter_to)) if save_adapter_to else None
+def adapter_copy__base(adapter_path: Path, adapter_copy_target: Path | None) -> Path | None:
+    """A second copy of the adapter where one is wanted, else None."""
+    return None if adapter_copy_target is None else engine.adapters.copy_adapter(adapter_path, adapter_copy_target)
 
 
+@computed_anew
 @config.when(start="base")
 def complete_model__base(
-    adapter_path: Path, run_directory: Path, base_model_path: Path, method_settings: MethodSettings
+    adapter_path: Path, run_directory: Path, base_model_path: Path, fit_settings: FitSettings
 ) -> Path | None:
     """The directory of the fully fine-tuned model, complete in itself; None where an adapter was trained."""
-    if method_settings.fine_tune_type != "full":
+    if fit_settings.method.fine_tune_type != "full":
         return None
-    return engine.model_directories.complete_model(base_model_path, adapter_path, run_directory / "model")
+    return engine.model_directories.complete_model(base_model_path, adapter_path, Path(run_directory / "model"))
 
 
+@computed_anew
 @config.when(start="base")
 def save_best_models__base(
     adapter_path: Path,
@@ -97,6 +102,7 @@ def save_best_models__base(
     }
 
 
+@computed_anew
 @config.when(start="presaved")
 def save_best_models__presaved(evaluated_adapter: Path) -> dict[str, Path]:
     """The paths of the given adapter: `adapter` (its directory), `config`, `weights`. Nothing is written."""

@@ -10,7 +10,9 @@ import pandas as pd
 from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.engine.audit import LabelAudit
+from finetune_dataflow.engine.fit_plan import FitPlan
 from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.tokens import TokenColumns
@@ -28,6 +30,26 @@ class FinishedFit:
 
 
 @config.when(start="base")
+def used_inputs__base(
+    train_set: pd.DataFrame,
+    validation_set: pd.DataFrame,
+    train_tokens: TokenColumns,
+    validation_tokens: TokenColumns,
+    starting_weights: Path | None,
+) -> frozenset[str] | None:
+    """The inputs that the fit uses, and those that the fit before it used, as hashes; None where that cannot be told.
+
+    It cannot where the tokens are not those of the two sets, or the weights that it starts from do not say what made them.
+    """
+    sets = ((train_set, train_tokens), (validation_set, validation_tokens))
+    before = frozenset[str]() if starting_weights is None else engine.adapters.used_inputs(starting_weights.parent)
+    if before is None or not all(set(tokens.rows.tolist()) <= set(rows["row"]) for rows, tokens in sets):
+        return None
+    return before | engine.splitting.hashes([each for rows, _ in sets for each in engine.records.identities(rows)])
+
+
+@computed_anew
+@config.when(start="base")
 def finished_fit__base(
     base_model_path: Path,
     train_tokens: TokenColumns,
@@ -35,8 +57,8 @@ def finished_fit__base(
     fit_settings: FitSettings,
     run_identity: RunIdentity,
     label_audit: LabelAudit,
-    train_set: pd.DataFrame,
-    validation_set: pd.DataFrame,
+    fit_plan: FitPlan,
+    used_inputs: frozenset[str] | None,
     starting_weights: Path | None,
     base_model_fingerprint: str,
     chat_template: str,
@@ -52,53 +74,61 @@ def finished_fit__base(
 
     Raises UserError where the directory holds another run, or is in use by one.
     """
-    used = engine.splitting.hashes([*engine.records.identities(train_set), *engine.records.identities(validation_set)])
     if starting_weights is not None:
         engine.starting_weights.check_base(starting_weights, base_model_fingerprint)
     score = engine.validation_score.score(fit_settings, validation_tokens, base_model_path, chat_template)
     with engine.run_directory.held(output_dir, run_identity) as directory:
         summary = engine.run_directory.finished_fit(directory)
         if summary is None:
-            engine.run_directory.warn_of_hold_outs_beside(directory, used)
+            engine.run_directory.warn_of_hold_outs_beside(directory, used_inputs or frozenset())
             summary = engine.training.fit(
-                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes, used,
-                start=starting_weights, score=score,
+                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes,
+                used_inputs,
+                start=starting_weights, score=score, plan=fit_plan,
             )  # fmt: skip
     return FinishedFit(directory, summary)
 
 
+@computed_anew
 @config.when(start="base")
 def run_directory__base(finished_fit: FinishedFit) -> Path:
     """The directory of the run."""
     return finished_fit.run_directory
 
 
+@computed_anew
 @config.when(start="base")
 def adapter_path__base(run_directory: Path) -> Path:
     """The directory of the adapter with the best validation loss, in mlx-lm's layout."""
-    return run_directory / "adapters"
+    return Path(run_directory / engine.training.BEST)
 
 
+@computed_anew
 @config.when(start="base")
 def evaluated_adapter__base(adapter_path: Path) -> Path:
     """The directory of the adapter that is evaluated: the one that was fitted."""
     return adapter_path
 
 
+@computed_anew
 @config.when(start="presaved")
-def evaluated_adapter__presaved(adapter_path: str, base_model_fingerprint: str) -> Path:
+def evaluated_adapter__presaved(adapter_path: str, base_model_fingerprint: str, rendering_fingerprints: dict[str, str]) -> Path:
     """The directory of the adapter that is evaluated: the one that was given.
+
+    A warning says where it meets another base model, tokenizer, chat template or prompt than it was trained with.
 
     Inputs:
         adapter_path: The directory of the adapter to evaluate, in mlx-lm's layout.
 
-    Raises UserError where it holds no adapter, or one of another base model.
+    Raises UserError where it holds no adapter.
     """
     directory = engine.files.user_path(adapter_path)
-    engine.adapters.check_base_model(directory, base_model_fingerprint)
+    adapter = engine.adapters.check_adapter(directory)
+    engine.rendering.warn_of_differences(adapter, {"base_model": base_model_fingerprint, **rendering_fingerprints})
     return directory
 
 
+@computed_anew
 @config.when(start="base")
 def training_history__base(run_directory: Path) -> pd.DataFrame:
     """The losses as they were recorded: event ("train" or "validation"), step (updates), loss, learning_rate, …"""

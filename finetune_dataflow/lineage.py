@@ -6,11 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.dataset import DataSource
+from finetune_dataflow.engine.code_versions import package_version
 from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.settings import (
@@ -36,6 +39,11 @@ def preparation_settings(
     return {"model_id": base_model_name, **{name: value for stage in stages for name, value in asdict(stage).items()}}
 
 
+def rendering_fingerprints(base_model_path: Path, chat_template: str, prompt_settings: PromptSettings) -> dict[str, str]:
+    """What made text into tokens, by fingerprints: `tokenizer`, `chat_template` (the one in use), and `prompt`."""
+    return engine.rendering.fingerprints(base_model_path, chat_template, prompt_settings)
+
+
 @config.when(start="base")
 def run_identity__base(
     preparation_settings: dict[str, Any],
@@ -43,6 +51,7 @@ def run_identity__base(
     base_model_fingerprint: str,
     train_tokens: TokenColumns,
     validation_tokens: TokenColumns,
+    rendering_fingerprints: dict[str, str],
     starting_weights: Path | None,
 ) -> RunIdentity:
     """What makes a fit this fit and no other: its settings, and the fingerprints of what it is given.
@@ -55,6 +64,7 @@ def run_identity__base(
             "base_model": base_model_fingerprint,
             "train_set": train_tokens.fingerprint(),
             "validation_set": validation_tokens.fingerprint(),
+            **rendering_fingerprints,
             **engine.starting_weights.fingerprints(starting_weights),
         },
         {**fit_settings.unbinding, **engine.starting_weights.named(starting_weights)},
@@ -79,6 +89,7 @@ def run_identity__presaved(
     )
 
 
+@computed_anew
 @config.when(start="presaved")
 def run_directory__presaved(run_identity: RunIdentity, output_dir: str = "") -> Path:
     """The directory of the evaluation's files.
@@ -103,6 +114,7 @@ def evaluation_identity(
     }
 
 
+@computed_anew
 def config_file(
     run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, evaluated_adapter: Path
 ) -> Path:
@@ -117,21 +129,29 @@ def config_file(
     )
 
 
+@computed_anew
 def lineage_file(
     run_directory: Path,
     run_identity: RunIdentity,
+    rendering_fingerprints: dict[str, str],
     evaluation_identity: dict[str, Any],
+    evaluated_adapter: Path,
     dataset_fingerprint: str,
+    row_ledger: pd.DataFrame,
     metrics_file: Path,
 ) -> Path:
-    """lineage.json: what made this adapter and these scores, by fingerprints, settings and versions."""
+    """lineage.json: what made this adapter and these scores, by fingerprints, settings, code and versions."""
     return engine.files.write_json(
         run_directory / engine.run_directory.LINEAGE,
         {
             **asdict(run_identity),
             "dataset": dataset_fingerprint,
+            "split": engine.ledger.split_fingerprint(row_ledger),
+            **rendering_fingerprints,
+            "adapter": engine.adapters.adapter_fingerprint(evaluated_adapter),
             "evaluation": evaluation_identity,
             "scores": engine.files.content_fingerprint([metrics_file]),
+            "code": package_version(),
             "versions": engine.run_directory.versions(),
         },
     )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 from hamilton.function_modifiers import parameterize, source
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.engine.chat import Conversation
 from finetune_dataflow.engine.settings import PromptSettings
 
@@ -54,16 +57,18 @@ def prompt_settings(
     )
 
 
+@computed_anew
 def chat_template(prompt_settings: PromptSettings) -> str:
     """The Jinja template that wraps a conversation in place of the tokenizer's own; empty for the tokenizer's."""
     return engine.formats.template(prompt_settings.prompt_format) if prompt_settings.prompt_format else ""
 
 
+@computed_anew
 @parameterize(
     train_conversations={"rows": source("train_set")},
     validation_conversations={"rows": source("validation_set")},
     hold_out_conversations={"rows": source("hold_out_set")},
 )
-def conversations(rows: pd.DataFrame, prompt_settings: PromptSettings) -> list[Conversation]:
-    """The rows of {rows} as conversations: the messages of the prompt, and the reply that is learned."""
-    return engine.content.conversations(engine.records.each_record(rows), prompt_settings)
+def conversations(rows: pd.DataFrame, prompt_settings: PromptSettings) -> Sequence[Conversation]:
+    """The rows of {rows} as conversations, each made when it is asked for: the prompt's messages, and the reply to learn."""
+    return engine.content.Conversations(rows, prompt_settings)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -41,18 +43,24 @@ def tokenization_settings(
     hold_out_tokens={"conversations": source("hold_out_conversations")},
 )
 def set_tokens(
-    conversations: list[Conversation], base_model_path: Path, chat_template: str, tokenization_settings: TokenizationSettings
+    conversations: Sequence[Conversation], base_model_path: Path, chat_template: str, tokenization_settings: TokenizationSettings
 ) -> TokenColumns:
     """The token columns of {conversations}: flat ids, labels (-100 on the prompt), and the length of each prompt.
 
     Prompt and reply are tokenised apart and joined, so the prompt's ids are exactly those that generation is fed. Text that
-    looks like a control string becomes plain text. Raises UserError for long rows under long_rows="error".
+    looks like a control string becomes plain text. Of 50,000 rows or more the columns are files in the user's cache, read
+    through memory maps, and made once. Raises UserError for long rows under long_rows="error".
     """
     encoder = engine.chat.load_encoder(base_model_path, chat_template)
     settings = tokenization_settings
-    tokens = engine.chat.encode_conversations(
-        encoder, conversations, settings.max_seq_length, settings.long_rows, settings.learned
-    )
+    limits = settings.max_seq_length, settings.long_rows, settings.learned
+    if isinstance(conversations, engine.content.Conversations) and len(conversations) >= engine.shards.FEWEST_ROWS:
+        tokens = engine.shards.prepared(
+            [conversations.fingerprint(), encoder.fingerprint(), asdict(settings), engine.batch_encoding.code_fingerprint()],
+            lambda: engine.chat.encoded_parts(encoder, conversations, *limits),
+        )
+    else:
+        tokens = engine.chat.encode_conversations(encoder, conversations, *limits)
     if len(tokens) == 0:
         raise UserError(
             f"All {len(conversations)} rows of a set are longer than max_seq_length={settings.max_seq_length} tokens, "

@@ -8,6 +8,8 @@ from typing import Any
 from hamilton.function_modifiers import config
 
 from finetune_dataflow import engine
+from finetune_dataflow.caching import computed_anew
+from finetune_dataflow.engine.files import Location
 from finetune_dataflow.engine.fit_plan import FitPlan
 from finetune_dataflow.engine.fit_settings import FitSettings, LoopSettings, MethodSettings, OptimizerSettings
 from finetune_dataflow.engine.settings import SplitSettings
@@ -153,6 +155,7 @@ def fit_plan__base(fit_settings: FitSettings, train_tokens: TokenColumns, valida
     return engine.fit_plan.fit_plan(fit_settings, len(train_tokens), len(validation_tokens))
 
 
+@computed_anew
 @config.when(start="base")
 def starting_weights__base(resume_adapter_file: str = "") -> Path | None:
     """The weights that the fit starts from, or None for new ones.
@@ -161,3 +164,24 @@ def starting_weights__base(resume_adapter_file: str = "") -> Path | None:
         resume_adapter_file: Weights to start from: an adapter's .safetensors or .npz file, or its directory.
     """
     return engine.starting_weights.located(resume_adapter_file)
+
+
+@computed_anew
+@config.when(start="base")
+def adapter_copy_target__base(starting_weights: Path | None, save_adapter_to: str = "") -> Path | None:
+    """The directory of a second copy of the adapter, or None.
+
+    Inputs:
+        save_adapter_to: A directory that the adapter is written to, too; a YAML of mlx-lm's calls it adapter_path.
+    """
+    target = engine.adapters.copy_target(save_adapter_to, starting_weights)
+    return None if target is None else Location(target)
+
+
+@config.when(start="base")
+def trained_parameters__base(base_model_path: Path, fit_settings: FitSettings) -> dict[str, int]:
+    """How many parameters are trained, `trained`, and how many there are, `all`.
+
+    Raises UserError where the method does not suit the model.
+    """
+    return engine.methods.trained_parameters(base_model_path, fit_settings.method)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ def test_an_unfinished_run_is_not_taken_over_by_another(
 ) -> None:
     """The checkpoint of a run with other settings is left alone, and what differs is named."""
     assert main([*words, "--save-every", "2"]) == 0
-    for name in ("metrics.json", "metrics.jsonl", "adapters/adapters.safetensors"):
+    for name in ("metrics.json", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     lines = said([*words, "--lora-rank", "2", "--max-grad-norm", "1"], capsys)
     assert "holds another run: lora_rank is 8 there and 2 here; max_grad_norm is not set there and 1.0 here" in lines[0]
@@ -241,9 +242,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(tmp_path: Pat
         "sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", limited, *arguments]
-    ended = subprocess.run(
-        [sys.executable, "-c", limited, *arguments], capture_output=True, text=True, cwd=REPOSITORY, check=False
-    )
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert "File too large" in ended.stderr and "checkpoint" in ended.stderr
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["batch-00000002", "batch-00000003"]
@@ -284,3 +283,73 @@ def test_replies_are_coloured_on_a_terminal_only_and_never_move_it() -> None:
     assert reply_lines(PromptReply("?", tokens), in_color=True) == ["> ?", r"a\x1b[2Jb"]
     painted = reply_lines(PromptReply("?", tokens, colorize=True), in_color=True)
     assert len(painted) == 3 and "\x1b[38;5;" in painted[1] and "\x1b[2J" not in painted[1]
+
+
+def test_a_directory_of_the_users_is_never_taken_for_a_runs_own(
+    words: list[str], tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base model in a directory `model` beside the run's files would be replaced by the tuned one."""
+    place = tmp_path / "project"
+    shutil.copytree(tiny_model, place / "model")
+    words[words.index("--model-id") + 1], words[words.index("--output-dir") + 1] = str(place / "model"), str(place)
+    before = {path.name: path.read_bytes() for path in (place / "model").iterdir()}
+    assert "has model, but no lineage.json" in said([*words, "--fine-tune-type", "full"], capsys)[-1]
+    assert {path.name: path.read_bytes() for path in (place / "model").iterdir()} == before
+
+
+def test_what_an_earlier_fit_saw_is_not_called_unseen(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another seed deals the rows otherwise: the second fit's hold-out is among what the first was trained on."""
+    assert main([*words, "--random-state", "1"]) == 0
+    words[words.index("--output-dir") + 1] = str(tmp_path / "second")
+    capsys.readouterr()
+    assert main([*words, "--random-state", "2", "--resume-adapter-file", str(tmp_path / "run" / "adapters")]) == 0
+    assert "rows it never saw" not in capsys.readouterr().out
+    used = [set((tmp_path / run / "adapters" / "used_inputs.txt").read_text().split()) for run in ("run", "second")]
+    assert used[0] < used[1]
+
+
+def test_a_finished_run_still_does_what_is_asked_for_besides(words: list[str], tmp_path: Path) -> None:
+    assert main(words) == 0
+    assert main([*words, "--save-adapter-to", str(tmp_path / "copy")]) == 0
+    assert (tmp_path / "copy" / "adapters.safetensors").is_file()
+
+
+def test_an_adapter_is_not_written_over_another_runs(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 0
+    before = adapter_digest(tmp_path / "run")
+    words[words.index("--output-dir") + 1] = str(tmp_path / "second")
+    adapter = str(tmp_path / "run" / "adapters")
+    assert "it belongs to the run beside it" in said([*words, "--save-adapter-to", adapter], capsys)[-1]
+    shutil.copytree(adapter, tmp_path / "alone")
+    again = ["--save-adapter-to", str(tmp_path / "alone"), "--resume-adapter-file", str(tmp_path / "alone")]
+    assert "the fit starts from the weights in it" in said([*words, *again], capsys)[-1]
+    assert adapter_digest(tmp_path / "run") == before
+
+
+def test_a_chain_that_cannot_go_through_is_refused_before_the_first_fit(
+    tiny_model: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written(TUNING_FORK, tmp_path / "a.yaml", model=tiny_model, data=data_file)
+    other = tmp_path / "b.yaml"
+    for old, new, expected in (
+        ("rank: 4", "rank: 8", "lora_rank is 4 there and 8 here"),
+        ("epochs: 2", "epochs: 2\nfine_tune_type: full", "fine_tune_type is 'lora' there and 'full' here"),
+        ("epochs: 2", "epochs: 2\nquantize_bits: 4\nquantize_group_size: 32", "fingerprint of base_model"),
+        ("epochs: 2", "epochs: 2\nresume_adapter_file: x.npz", "names resume_adapter_file"),
+        ("epochs: 2", "epochs: 2\nlora_keys: [nothing]", "lora_keys names 'nothing'"),
+    ):
+        other.write_text(config.read_text().replace(old, new))
+        assert expected in "\n".join(said(["train", "-c", str(config), "-c", str(other), "--out", str(tmp_path / "run")], capsys))
+        assert not (tmp_path / "run").exists()
+
+
+def test_plan_refuses_what_the_fit_would(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    words[0] = "plan"
+    assert "Did you mean 'self_attn.q_proj'?" in said([*words, "--lora-keys", "self_attn.q_prj"], capsys)[-1]
+    assert "Did you mean 'betas'?" in said([*words, "--optimizer-config", "{adamw: {beta: 1}}"], capsys)[-1]
+    assert main(words) == 0
+    assert "method: lora, 8,192 of 26,880 parameters" in capsys.readouterr().out

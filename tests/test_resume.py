@@ -71,8 +71,9 @@ def test_a_fit_that_was_interrupted_ends_with_the_bytes_of_one_that_was_not(
         if batches < 17:
             with pytest.raises(Stopped, match=rf"Stopped after update .* of 9; .*{tmp_path}.* The same command goes on"):
                 training.fit(tiny_model, train, validation, settings, tmp_path / "stopped", {})
-        else:  # the last batch: nothing is left to be stopped
-            training.fit(tiny_model, train, validation, settings, tmp_path / "stopped", {})
+        else:  # the last batch: nothing is left to be stopped but what would follow
+            with pytest.raises(Stopped, match=r"is finished\. The same command evaluates its adapter\."):
+                training.fit(tiny_model, train, validation, settings, tmp_path / "stopped", {})
     training.fit(tiny_model, train, validation, settings, tmp_path / "stopped", {})
     for name in ("adapters", "adapters-last"):
         assert adapter_digest(tmp_path / "whole", name) == adapter_digest(tmp_path / "stopped", name)
@@ -112,11 +113,18 @@ def test_another_data_set_or_setting_does_not_go_on_and_is_named(
     training.fit(tiny_model, train, validation, more_often, tmp_path, {})  # these change nothing that is learned
 
 
-def test_the_last_checkpoints_are_kept_and_no_more(
-    tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path
+def test_the_last_checkpoints_are_kept_where_they_are_asked_for_and_no_more(
+    tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training.fit(tiny_model, train, validation, settings_of(save_every=4, keep_checkpoints=3), tmp_path, {})
-    assert len(list((tmp_path / "checkpoints").iterdir())) == 3
+    training.fit(tiny_model, train, validation, settings_of(save_every=4, keep_checkpoints=3), tmp_path / "asked", {})
+    assert len(list((tmp_path / "asked" / "checkpoints").iterdir())) == 3
+    with monkeypatch.context() as patch:  # without save_every they serve resuming alone, and go when the fit has ended
+        interrupted_after(7, patch, press_ctrl_c)
+        with pytest.raises(Stopped):
+            training.fit(tiny_model, train, validation, settings_of(), tmp_path / "not asked", {})
+    assert len(list((tmp_path / "not asked" / "checkpoints").iterdir())) == 1
+    training.fit(tiny_model, train, validation, settings_of(), tmp_path / "not asked", {})
+    assert not (tmp_path / "not asked" / "checkpoints").exists()
 
 
 def test_a_fit_starts_from_the_weights_of_another_in_safetensors_or_npz(
@@ -230,3 +238,52 @@ def test_reports_are_means_over_the_tokens_of_their_updates(
 def test_no_event_is_ever_half_a_line(tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path) -> None:
     training.fit(tiny_model, train, validation, settings_of(), tmp_path, {})
     assert [json.loads(line)["event"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1] == "end"
+
+
+def test_ctrl_c_at_the_update_that_stops_early_changes_nothing(
+    tiny_model: Path, train: TokenColumns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contradicting = token_columns([EncodedRow(n, [n % 200, 10, 3], [*b"QQQ", 258]) for n in range(100, 105)])
+    settings = settings_of(early_stopping_patience=2, steps_per_eval=1, evals_per_epoch=None, epochs=20.0)
+    whole = training.fit(tiny_model, train, contradicting, settings, tmp_path / "whole", {})
+    with monkeypatch.context() as patch:
+        interrupted_after(whole.steps - 1, patch, press_ctrl_c)
+        with pytest.raises(Stopped):
+            training.fit(tiny_model, train, contradicting, settings, tmp_path / "stopped", {})
+    assert adapter_digest(tmp_path / "stopped", "adapters-last") == adapter_digest(tmp_path / "whole", "adapters-last")
+    assert history(tmp_path / "stopped", "end")[0]["steps"] == whole.steps
+
+
+@pytest.mark.parametrize("damage", ["no best", "cut best", "cut log", "no log"])
+def test_a_half_finished_run_that_was_tampered_with_still_ends(
+    tiny_model: Path, train: TokenColumns, validation: TokenColumns, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_of(**EVERYTHING)
+    whole = training.fit(tiny_model, train, validation, settings, tmp_path / "whole", {})
+    with monkeypatch.context() as patch:
+        interrupted_after(11, patch, fail)
+        with pytest.raises(MemoryError):
+            training.fit(tiny_model, train, validation, settings, tmp_path / "run", {})
+    best, log = tmp_path / "run" / "adapters" / "adapters.safetensors", tmp_path / "run" / "metrics.jsonl"
+    if "best" in damage:
+        best.unlink() if damage == "no best" else best.write_bytes(best.read_bytes()[:-1])
+    else:
+        log.unlink() if damage == "no log" else log.write_bytes(log.read_bytes()[:-5])
+    summary = training.fit(tiny_model, train, validation, settings, tmp_path / "run", {})
+    assert adapter_digest(tmp_path / "run") == adapter_digest(tmp_path / "whole")
+    assert summary.steps == whole.steps and len(history(tmp_path / "run", "end")) == 1
+
+
+def test_weights_trained_under_another_scale_or_method_are_refused(
+    tiny_model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path
+) -> None:
+    training.fit(tiny_model, train, validation, settings_of(iters=1, epochs=None), tmp_path / "first", {})
+    weights = tmp_path / "first" / "adapters" / "adapters.safetensors"
+    for changed in ({"lora_scale": 2.0}, {"use_rslora": True}, {"fine_tune_type": "dora"}):
+        with pytest.raises(UserError, match=r"was trained with fine_tune_type='lora' and a scale of 10.0; this fit has"):
+            training.fit(tiny_model, train, validation, settings_of(**changed), tmp_path / "second", {}, start=weights)
+
+
+def test_a_set_without_rows_is_refused(tiny_model: Path, train: TokenColumns, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="The validation set has no rows"):
+        training.fit(tiny_model, train, train.take([]), settings_of(), tmp_path, {})

@@ -18,11 +18,13 @@ commands:
   train      the main job (also without a command): fit, evaluate base and tuned model, give the verdict
   evaluate   evaluate an adapter that was saved before: --adapter DIR
   plan       everything before the fit: what was read, the split, the data's quality, what is learned
+             (--probe: try a few updates, and say what memory and time the fit will take)
+  prepare    write the prepared data for another trainer: --to mlx|hf|parquet --out DIR (docs/prepare.md)
   inputs     every input with its type, default and meaning (--markdown: as a table)
   convert    weights of mlx-tuning-fork or old mlx-lm as safetensors: ADAPTERS.npz ADAPTERS.safetensors
   graph      draw the dataflow as an SVG: --start base|presaved --out FILE
 
-options of train, evaluate and plan:
+options of train, evaluate, plan and prepare:
   --data FILE                  the data: JSON, CSV, Parquet, a directory, a URL (default: the example, where none is named)
   --input-text-key KEY         the key of the text that the model is given
   --output-text-key KEY        the key of the text that it learns to reply
@@ -32,11 +34,12 @@ options of train, evaluate and plan:
   --start base|presaved        fit, then evaluate (default), or evaluate the adapter in --adapter-path
   --out DIR                    the directory of the run (default: runs/<data file>-<fingerprint>)
   --module FILE                a Python file whose functions are added to the graph or take the place of its nodes
+  --no-cache                   compute everything, whatever earlier runs left in the user's cache directory
   --allow-code                 let a YAML replace nodes by functions that it names
   -h, --help                   this text
 """
 
-COMMANDS = ("train", "evaluate", "plan", "inputs", "convert", "graph")
+COMMANDS = ("train", "evaluate", "plan", "prepare", "inputs", "convert", "graph")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,6 +79,10 @@ def _run(arguments: list[str]) -> int:
         from finetune_dataflow.cli.graph import draw
 
         return draw(arguments)
+    if command == "prepare":
+        from finetune_dataflow.cli.prepare import prepare
+
+        return prepare(arguments)
     from finetune_dataflow.cli.train import plan, train
 
     if command == "plan":

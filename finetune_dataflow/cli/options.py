@@ -72,6 +72,7 @@ class Options:
     inputs: dict[str, Any]
     modules: tuple[ModuleType, ...] = ()
     config: str | None = None
+    cached: bool = True
 
 
 # These are read before the graph is chosen; they are no inputs of it.
@@ -163,6 +164,7 @@ class _CommandLine:
     modules: list[str] = field(default_factory=list)
     start: str | None = None
     allow_code: bool = False
+    cached: bool = True
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,16 @@ class _Notes:
             self.problems.append(f"{label}{error}")
 
 
+FLAGS = {"--allow-code": "allow_code", "--no-cache": "cached"}  # options without a value
+
+
 def _command_line(arguments: Sequence[str]) -> _CommandLine:
     line = _CommandLine()
     words = list(arguments)
     while words:
         word = words.pop(0)
-        if word == "--allow-code":
-            line.allow_code = True
+        if word in FLAGS:
+            setattr(line, FLAGS[word], word == "--allow-code")
             continue
         if not word.startswith("-"):
             raise UserError(f"{word!r} was not expected. Options are written --name value.")
@@ -259,7 +264,7 @@ def _resolved(
         if missing:
             named = "; ".join(f"--{each.name.replace('_', '-')} ({each.meaning.rstrip('.')})" for each in missing)
             notes.problems.append(f"{label}Missing: {named}.")
-    return Options(str(start), inputs, modules, path)
+    return Options(str(start), inputs, modules, path, line.cached)
 
 
 def _replacing(replacements: Any, allow_code: bool) -> tuple[ModuleType, ...]:

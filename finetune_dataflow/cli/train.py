@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from finetune_dataflow import engine
+from finetune_dataflow.cli.cache import cached_driver
 from finetune_dataflow.cli.graph import dot_source
 from finetune_dataflow.cli.options import Options, build_driver, parse, parse_all
 from finetune_dataflow.engine.replies import PromptReply
+from finetune_dataflow.engine.settings import differences
 from finetune_dataflow.errors import UserError
 
 PREPARED = [
     "source_rows", "shaped_rows", "leaking_rows", "row_ledger", "data_quality", "label_audit", "hold_out_audit",
     "train_tokens", "validation_tokens", "hold_out_tokens", "run_identity", "evaluation_identity", "base_model_path",
 ]  # fmt: skip
+PREPARED_FIT = ["fit_settings", "fit_plan", "starting_weights", "adapter_copy_target", "trained_parameters", "used_inputs"]
 RESULTS = [
     "save_best_models", "hold_out_set_predictions", "finetuned_model_on_validation_set",
     "training_and_validation_set_metrics", "config_file", "metrics_file", "run_metrics", "lineage_file",
@@ -32,15 +36,56 @@ def train(arguments: Sequence[str], start: str | None = None) -> int:
     """Prepare, fit (under start="base"), evaluate, write the run directory and print the verdict."""
     chain = parse_all(arguments, start)
     check_settings(chain)
-    if len(chain) > 1 and any(each.start == "presaved" for each in chain):
-        raise UserError("Several configurations are trained one after another, so each of them must mean start: base.")
+    chain = in_a_row(chain)
     adapter: Path | None = None
     for number, options in enumerate(chain, 1):
+        if adapter is not None:
+            options = replace(options, inputs={**options.inputs, "resume_adapter_file": str(adapter)})
         if len(chain) > 1:
             print(f"Configuration {number} of {len(chain)}{f', from the adapter in {adapter}' if adapter else ''}:\n")
-            options = _in_chain(options, number, adapter)
         adapter = _run(options) / engine.training.BEST
     return 0
+
+
+def in_a_row(chain: Sequence[Options]) -> list[Options]:
+    """Several configurations made ready to be trained one after another, each in a directory of its own.
+
+    A flag that names weights to start from is for the first. Raises UserError, before anything is trained, where one cannot
+    start from the adapter of the one before it.
+    """
+    if len(chain) == 1:
+        return list(chain)
+    ready, problems = [], []
+    flagged = {each.inputs.get("resume_adapter_file") for each in chain}
+    for number, options in enumerate(chain, 1):
+        inputs = dict(options.inputs)
+        if "output_dir" in inputs:
+            inputs["output_dir"] = str(Path(inputs["output_dir"]) / str(number))
+        if number > 1 and len(flagged) == 1:
+            inputs.pop("resume_adapter_file", None)
+        if options.start == "presaved":
+            problems.append(f"Configuration {number} means start: presaved. Only fits are made in a row.")
+        if number > 1 and "resume_adapter_file" in inputs:
+            problems.append(f"Configuration {number} names resume_adapter_file; it starts from the adapter of the one before it.")
+        ready.append(replace(options, inputs=inputs))
+    made = [] if problems else [_method_of(options) for options in ready]
+    for number, (before, after) in enumerate(pairwise(made), 2):
+        problems += [
+            f"Configuration {number} cannot start from the one before it: {each}." for each in differences(before, after)
+        ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return ready
+
+
+def _method_of(options: Options) -> dict[str, Any]:
+    """What two fits must have in common for one to start from the other's adapter; checks the plan and the method, too."""
+    wanted = ["method_settings", "base_model_fingerprint", "fit_plan", "trained_parameters"]
+    made = build_driver(options.start, options.modules).execute(wanted, inputs=options.inputs)
+    method = {
+        name: value for name, value in asdict(made["method_settings"]).items() if name not in ("random_state", "lora_dropout")
+    }
+    return {**method, "fingerprint of base_model": made["base_model_fingerprint"]}
 
 
 def check_settings(chain: Sequence[Options]) -> None:
@@ -74,32 +119,31 @@ def _in_chain(options: Options, number: int, adapter: Path | None) -> Options:
 
 
 def _run(options: Options) -> Path:
-    """One run, from the data to its result on the screen; its directory."""
-    dr = build_driver(options.start, options.modules)
+    """One run, from the data to its result on the screen; its directory, which nobody else has meanwhile."""
+    dr = cached_driver(options)
     prepared = dr.execute(prepared_by(options), inputs=options.inputs)
-    directory = engine.run_directory.location(options.inputs.get("output_dir", ""), prepared["run_identity"])
-    engine.run_directory.check_unclaimed(directory, prepared["run_identity"])
-    metrics = engine.run_directory.finished_metrics(directory, prepared["run_identity"], prepared["evaluation_identity"])
-    if metrics is not None:
-        print(f"{directory} holds this run, finished. Its result:\n")
-    else:
-        print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
-        results = dr.execute(RESULTS, inputs=options.inputs, overrides=prepared)
-        engine.files.write_text(directory / "dag.svg", engine.drawing.svg(dot_source(options.start, options.modules)))
-        metrics = results["run_metrics"]
-    print(table(metrics))
-    print(f"\n{metrics['verdict']}\n")
-    print(whereabouts(directory, metrics))
-    if options.inputs.get("prompt"):
-        overrides = {**prepared, "evaluated_adapter": adapter_of(directory, options)}
-        reply = dr.execute(["prompt_reply"], inputs=options.inputs, overrides=overrides)["prompt_reply"]
-        print("\n" + "\n".join(reply_lines(reply, engine.colors.wants_color(sys.stdout))))
+    with engine.run_directory.held(options.inputs.get("output_dir", ""), prepared["run_identity"]) as directory:
+        metrics = engine.run_directory.finished_metrics(directory, prepared["run_identity"], prepared["evaluation_identity"])
+        if metrics is not None:
+            print(f"{directory} holds this run, finished. Its result:\n")
+            dr.execute(["save_best_models"], inputs=options.inputs, overrides=prepared)  # what is asked for besides, or is gone
+        else:
+            print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
+            metrics = dr.execute(RESULTS, inputs=options.inputs, overrides=prepared)["run_metrics"]
+            engine.files.write_text(directory / "dag.svg", engine.drawing.svg(dot_source(options.start, options.modules)))
+        print(table(metrics))
+        print(f"\n{metrics['verdict']}\n")
+        print(whereabouts(directory, metrics))
+        if options.inputs.get("prompt"):
+            overrides = {**prepared, "evaluated_adapter": adapter_of(directory, options)}
+            reply = dr.execute(["prompt_reply"], inputs=options.inputs, overrides=overrides)["prompt_reply"]
+            print("\n" + "\n".join(reply_lines(reply, engine.colors.wants_color(sys.stdout))))
     return directory
 
 
 def prepared_by(options: Options) -> list[str]:
     """What is made before the fit or the evaluation: read, checked, and counted."""
-    return [*PREPARED, *(["fit_settings", "fit_plan", "starting_weights"] if options.start == "base" else [])]
+    return [*PREPARED, *(PREPARED_FIT if options.start == "base" else [])]
 
 
 def adapter_of(directory: Path, options: Options) -> Path:
@@ -116,8 +160,14 @@ def reply_lines(reply: PromptReply, in_color: bool) -> list[str]:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Everything before the fit, printed: sources and shapes, the split, the data's quality, the label audit, the steps."""
-    options = parse(arguments)
+    """Everything before the fit, printed: sources and shapes, the split, the data's quality, the label audit, the steps.
+
+    With --probe a few updates are tried, too, and what the whole fit will take is printed.
+    """
+    options = parse([word for word in arguments if word != "--probe"])
+    probing = "--probe" in arguments
+    if probing and options.start != "base":
+        raise UserError("--probe tries out a fit, and under start: presaved there is none. Leave it out.")
     check_settings([options])
     prepared = build_driver(options.start, options.modules).execute(prepared_by(options), inputs=options.inputs)
     print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
@@ -126,7 +176,15 @@ def plan(arguments: Sequence[str]) -> int:
     print(*(f"  {line}" for line in [*audit.lines(), *prepared["hold_out_audit"].lines()]), sep="\n")
     print(f"\n{audit.coloured() if sys.stdout.isatty() else audit.plain()}")
     if options.start == "base":
-        print("\n" + "\n".join(engine.fit_plan.lines(prepared["fit_settings"], prepared["fit_plan"])))
+        print(
+            "\n"
+            + "\n".join(engine.fit_plan.lines(prepared["fit_settings"], prepared["fit_plan"], prepared["trained_parameters"]))
+        )
+    if probing:
+        from finetune_dataflow.engine.probe import lines, probe
+
+        names = ("base_model_path", "train_tokens", "validation_tokens", "fit_settings", "starting_weights")
+        print(*lines(probe(*(prepared[name] for name in names)), prepared["fit_settings"]), sep="\n")
     return 0
 
 

@@ -12,7 +12,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters as load_mlx_lm_adapters
 
-from finetune_dataflow.engine.files import content_fingerprint, replacing, write_json, write_text
+from finetune_dataflow.engine.arrays import write_arrays
+from finetune_dataflow.engine.files import content_fingerprint, replacing, user_path, write_json, write_text
 from finetune_dataflow.errors import UserError
 
 WEIGHTS, CONFIG, USED_INPUTS = "adapters.safetensors", "adapter_config.json", "used_inputs.txt"
@@ -20,10 +21,7 @@ WEIGHTS, CONFIG, USED_INPUTS = "adapters.safetensors", "adapter_config.json", "u
 
 def save_weights(model: nn.Module, directory: Path) -> Path:
     """Write the trainable parameters, whole or not at all."""
-    path = directory / WEIGHTS
-    with replacing(path) as temporary:
-        mx.save_safetensors(str(temporary), dict(tree_flatten(model.trainable_parameters())), {"format": "mlx"})
-    return path
+    return write_arrays(directory / WEIGHTS, dict(tree_flatten(model.trainable_parameters())))
 
 
 def save_config(directory: Path, config: dict[str, Any]) -> Path:
@@ -56,23 +54,12 @@ def check_adapter(adapter_path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def check_base_model(adapter_path: Path, base_model_fingerprint: str) -> None:
-    """Raise UserError where the adapter says that it was made for another base model."""
-    config = check_adapter(adapter_path)
-    made_for = config.get("fingerprints", {}).get("base_model", base_model_fingerprint)
-    if made_for != base_model_fingerprint:
-        raise UserError(
-            f"The adapter in {adapter_path} was made for another model: {config.get('model')}, whose files are not those of "
-            "the model in model_id. Name the model it was made for."
-        )
-
-
 def apply_adapter(model: nn.Module, adapter_path: Path, base_model_path: Path) -> None:
     """Put the adapter's layers and weights on `model`; UserError where they belong to another model."""
     config = check_adapter(adapter_path)
     try:
         load_mlx_lm_adapters(model, str(adapter_path))
-        missing = adapter_parameters(model) - set(mx.load(str(adapter_path / WEIGHTS)))
+        missing = expected_parameters(model, config) - set(mx.load(str(adapter_path / WEIGHTS)))
         if missing:
             raise ValueError(f"Missing: {min(missing)} (and {len(missing) - 1} more)")
     except (ValueError, KeyError, RuntimeError, TypeError) as error:
@@ -81,6 +68,16 @@ def apply_adapter(model: nn.Module, adapter_path: Path, base_model_path: Path) -
             f"The adapter in {adapter_path} does not fit the model in {base_model_path}; it was made for {made_for}. "
             f"{_first_problem(error)}"
         ) from error
+
+
+def expected_parameters(model: nn.Module, config: dict[str, Any]) -> set[str]:
+    """The names that the adapter's weights must have: what LoRA adds, or, of a full fine-tune, all of its blocks."""
+    if config.get("fine_tune_type") != "full":
+        return adapter_parameters(model)
+    blocks = {id(block) for block in model.layers[-max(int(config["num_layers"]), 0) :]}
+    prefixes = tuple(f"{name}." for name, module in model.named_modules() if id(module) in blocks)
+    named = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return {name for name, _ in named if name.startswith(prefixes)}
 
 
 def adapter_parameters(model: nn.Module) -> set[str]:
@@ -95,9 +92,9 @@ def _first_problem(error: Exception) -> str:
     return f"{lines[1] if len(lines) > 1 else lines[0]}{more}"
 
 
-def save_used_inputs(directory: Path, used: frozenset[str]) -> Path:
+def save_used_inputs(directory: Path, used: frozenset[str] | None) -> Path | None:
     """Keep beside the adapter which inputs its fit used, as hashes, so that a later evaluation can tell what it has seen."""
-    return write_text(directory / USED_INPUTS, "".join(f"{each}\n" for each in sorted(used)))
+    return None if used is None else write_text(directory / USED_INPUTS, "".join(f"{each}\n" for each in sorted(used)))
 
 
 def used_inputs(adapter_path: Path) -> frozenset[str] | None:
@@ -106,10 +103,28 @@ def used_inputs(adapter_path: Path) -> frozenset[str] | None:
     return frozenset(path.read_text(encoding="utf-8").split()) if path.is_file() else None
 
 
+def copy_target(save_adapter_to: str, starting_weights: Path | None) -> Path | None:
+    """The directory that `save_adapter_to` names; None where it is empty.
+
+    Raises UserError where it is a file, belongs to a run, or holds the weights that the fit starts from.
+    """
+    if not save_adapter_to:
+        return None
+    directory = user_path(save_adapter_to)
+    wrong = (
+        "it is a file" if directory.exists() and not directory.is_dir()
+        else "it belongs to the run beside it" if (directory.resolve().parent / "lineage.json").exists()
+        else "the fit starts from the weights in it, and would be another run the next time"
+        if starting_weights is not None and starting_weights.resolve().parent == directory.resolve()
+        else ""
+    )  # fmt: skip
+    if wrong:
+        raise UserError(f"save_adapter_to={save_adapter_to!r} cannot be written to, because {wrong}. Name another directory.")
+    return directory
+
+
 def copy_adapter(adapter_path: Path, directory: Path) -> Path:
     """The files of an adapter, copied into `directory`, each whole or not at all; what was there under their names goes."""
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"The adapter cannot be written to {directory}: it is a file. Name a directory.")
     for name in (CONFIG, USED_INPUTS, WEIGHTS):
         if (adapter_path / name).is_file():
             with replacing(directory / name) as temporary:

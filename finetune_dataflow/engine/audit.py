@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from finetune_dataflow.engine.batches import in_order
+from finetune_dataflow.engine.batches import padded_places
 from finetune_dataflow.engine.chat import ChatEncoder, Conversation
 from finetune_dataflow.engine.quality import shown
 from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
@@ -109,9 +109,11 @@ def label_audit(
     problems = []
     for name, (conversations, columns) in sets.items():
         ends = columns.offsets[1:] - 1
-        supervised = np.add.reduceat(columns.labels != IGNORED, columns.offsets[:-1]) if len(columns) else np.zeros(0)
-        problems += _problem(name, "have no supervised token", columns.rows[supervised == 0])
-        stops = columns.labels[ends] == encoder.end_of_turn_ids[-1]
+        problems += _problem(name, "have no supervised token", columns.rows[columns.row_supervised == 0])
+        stops = np.zeros(len(columns), np.bool_)
+        for start, end in columns.parts():
+            stops[start:end] = columns.labels[ends[start:end]] == encoder.end_of_turn_ids[-1]
+            columns.release()
         problems += _problem(name, "do not learn the token that ends a turn", columns.rows[~stops])
         other = _other_prompts(encoder, conversations, columns)
         problems += _problem(name, "have another prompt than generation is fed", other)
@@ -131,7 +133,7 @@ def _problem(name: str, what: str, rows: np.ndarray) -> list[str]:
 
 
 def _other_prompts(encoder: ChatEncoder, conversations: Sequence[Conversation], columns: TokenColumns) -> np.ndarray:
-    by_row = {each.row: each for each in conversations}
+    by_row = _by_row(conversations, columns.rows[:COMPARED].tolist())
     other = [
         int(columns.rows[index])
         for index in range(min(len(columns), COMPARED))
@@ -143,8 +145,18 @@ def _other_prompts(encoder: ChatEncoder, conversations: Sequence[Conversation], 
     return np.array(other, np.int64)
 
 
+def _by_row(conversations: Sequence[Conversation], rows: Sequence[int]) -> dict[int, Conversation]:
+    """The conversations of some rows. Rows are in the order of their conversations, so these stand at the beginning."""
+    found: dict[int, Conversation] = {}
+    for start in range(0, len(conversations), COMPARED):
+        if all(row in found for row in rows):
+            break
+        found |= {each.row: each for each in conversations[start : start + COMPARED]}
+    return found
+
+
 def _set_audit(columns: TokenColumns, batch_size: int) -> SetAudit:
-    places = sum(each.inputs.size for each in in_order(columns, batch_size)) if len(columns) else 0
+    places = padded_places(columns, batch_size)
     used = int((columns.lengths - 1).sum())
     return SetAudit(
         rows=len(columns),

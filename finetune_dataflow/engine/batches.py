@@ -55,6 +55,7 @@ def batch(columns: TokenColumns, indices: Sequence[int], batch_size: int, ladder
         ids, labels = columns.row_ids(index), columns.row_labels(index)
         inputs[line, : len(ids) - 1] = ids[:-1]
         targets[line, : len(ids) - 1] = labels[1:]
+    columns.release()
     supervised = np.flatnonzero(targets != IGNORED)
     capacity = max(-(-len(supervised) // CAPACITY_STEP), 1) * CAPACITY_STEP
     positions, gathered = np.zeros(capacity, np.int32), np.full(capacity, IGNORED, np.int32)
@@ -71,13 +72,20 @@ def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch
     """
     generator = np.random.default_rng([random_state, epoch])
     shuffled = generator.permutation(len(columns))
-    by_length = [
-        index
-        for start in range(0, len(shuffled), WINDOW * batch_size)
-        for index in sorted(shuffled[start : start + WINDOW * batch_size].tolist(), key=lambda each: int(columns.lengths[each]))
-    ]
+    window = np.arange(len(shuffled)) // (WINDOW * batch_size)
+    by_length = shuffled[np.lexsort((columns.lengths[shuffled], window))].tolist()
     cut = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
     return [cut[place] for place in generator.permutation(len(cut))]
+
+
+def padded_places(columns: TokenColumns, batch_size: int) -> int:
+    """The places of all batches of `in_order`, padding included."""
+    if not len(columns):
+        return 0
+    batch_size = min(batch_size, len(columns))
+    longest = np.sort(columns.lengths)[[*range(batch_size - 1, len(columns) - 1, batch_size), len(columns) - 1]] - 1
+    ladder = np.array(widths(columns.lengths))
+    return int(ladder[np.searchsorted(ladder, longest)].sum()) * batch_size
 
 
 def in_order(columns: TokenColumns, batch_size: int) -> Iterator[Batch]:

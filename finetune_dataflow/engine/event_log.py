@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from types import TracebackType
 
 from finetune_dataflow.engine.files import writing
+
+logger = logging.getLogger(__name__)
 
 
 class EventLog:
@@ -37,5 +40,9 @@ class EventLog:
         return self._file.seek(0, os.SEEK_END)
 
     def cut(self, size: int) -> None:
-        """Take back everything after the first `size` bytes."""
-        self._file.truncate(min(size, self._file.seek(0, os.SEEK_END)))
+        """Take back everything after the first `size` bytes; of a log that is shorter, the last line if it is half a line."""
+        there = self._file.seek(0, os.SEEK_END)
+        if there < size:
+            logger.warning("%s was cut short from outside: events are missing in it.", self.path)
+            size = self.path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(size)

@@ -7,10 +7,16 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune_dataflow.errors import UserError
+
+_held: set[Path] = set()  # the directories that this process has locked
+
+
+class Location(type(Path())):  # type: ignore[misc]  # the system's own kind of path
+    """A place, whatever is in it: what is known by its content, such as a cached result, takes it by its name alone."""
 
 
 @contextmanager
@@ -35,7 +41,8 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def flush_tree(directory: Path) -> None:
@@ -107,15 +114,28 @@ def make_output_directory(directory: Path) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold `directory` for one process; the kernel frees the lock when the process ends, however it ends."""
-    with (directory / ".lock").open("w") as handle:
+    """Hold `directory` for this process, which may hold it already; the kernel frees the lock when the process ends, however.
+
+    Raises UserError where another process holds it.
+    """
+    place = directory.resolve()
+    if place in _held:
+        yield
+        return
+    with writing(directory / ".lock"):
+        handle = (directory / ".lock").open("w")
+    with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"{directory} is in use by another run. Wait for it to end, or name another output directory."
             ) from error
-        yield
+        _held.add(place)
+        try:
+            yield
+        finally:
+            _held.discard(place)
 
 
 def fingerprint(value: object) -> str:

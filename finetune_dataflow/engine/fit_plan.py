@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from finetune_dataflow.engine.fit_settings import FitSettings, LoopSettings
 from finetune_dataflow.engine.schedules import rate_of_update, schedule_text
+from finetune_dataflow.engine.settings import all_of
 from finetune_dataflow.engine.tokens import TokenColumns
 
 EVALS_PER_EPOCH = 2  # where nothing else is said
@@ -42,18 +44,25 @@ class FitPlan:
 def fit_plan(settings: FitSettings, train_rows: int, validation_rows: int) -> FitPlan:
     """The plan of a fit over so many rows.
 
-    Raises UserError for a learning-rate schedule that is longer or shorter than the fit.
+    Raises UserError for a learning-rate schedule that is longer or shorter than the fit, and for what is wrong in
+    optimizer_config.
     """
     loop = settings.loop
     per_epoch = math.ceil(train_rows / loop.batch_size)
     updates_per_epoch = math.ceil(per_epoch / loop.grad_accumulation_steps)
-    batches = loop.iters if loop.iters is not None else math.ceil((1.0 if loop.epochs is None else loop.epochs) * per_epoch)
+    epochs = 1.0 if loop.epochs is None else loop.epochs
+    batches = loop.iters if loop.iters is not None else math.ceil(round(epochs * per_epoch, 9))
     whole, rest = divmod(batches, per_epoch)
     steps_per_eval = _interval(
         loop.steps_per_eval, loop.evals_per_epoch, loop.validation_interval_proportion, updates_per_epoch
     ) or math.ceil(updates_per_epoch / EVALS_PER_EPOCH)
     updates = whole * updates_per_epoch + math.ceil(rest / loop.grad_accumulation_steps)
-    rate_of_update(settings.optimizer, updates, updates_per_epoch)
+    from finetune_dataflow.engine.optimizers import fit_optimizer  # with MLX, which a wrong option need not load
+
+    all_of(
+        lambda: _ignore(rate_of_update(settings.optimizer, updates, updates_per_epoch)),
+        lambda: _ignore(fit_optimizer(settings.optimizer)),
+    )
     return FitPlan(
         batches_per_epoch=per_epoch,
         updates_per_epoch=updates_per_epoch,
@@ -67,7 +76,11 @@ def fit_plan(settings: FitSettings, train_rows: int, validation_rows: int) -> Fi
     )
 
 
-def lines(settings: FitSettings, plan: FitPlan) -> list[str]:
+def _ignore(made: object) -> None:
+    """What was made to see whether it can be."""
+
+
+def lines(settings: FitSettings, plan: FitPlan, parameters: Mapping[str, int]) -> list[str]:
     """The plan for people."""
     loop, optimizer = settings.loop, settings.optimizer
     rows = loop.batch_size * plan.accumulation
@@ -75,7 +88,8 @@ def lines(settings: FitSettings, plan: FitPlan) -> list[str]:
     rate = schedule_text(optimizer, plan.updates, plan.updates_per_epoch)
     return [
         f"The fit: {plan.updates} updates of up to {rows} rows, {plan.batches / plan.batches_per_epoch:g} epochs.",
-        f"  method: {settings.method.fine_tune_type}; optimiser: {optimizer.optimizer}; learning rate: {rate}",
+        f"  method: {settings.method.fine_tune_type}, {parameters['trained']:,} of {parameters['all']:,} parameters; "
+        f"optimiser: {optimizer.optimizer}; learning rate: {rate}",
         f"  reported every {plan.steps_per_report} updates, validated every {plan.steps_per_eval} on {plan.validation_rows} rows,"
         f" saved {saved}",
     ]

@@ -11,6 +11,7 @@ from finetune_dataflow.engine.settings import all_of, require, require_choice
 from finetune_dataflow.errors import UserError
 
 METHODS = ("lora", "dora", "full")
+MOST_EPOCHS = 1e6
 OPTIMIZERS = ("adam", "adamw", "sgd", "adafactor", "muon", "lion")
 BEST_METRICS = ("loss", "rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -131,7 +132,7 @@ class LoopSettings:
             *(lambda name=name: require(name, getattr(self, name), getattr(self, name) >= 1, whole) for name in at_least_one),
             *(lambda name=name: _count(name, getattr(self, name)) for name in counts),
             *(lambda name=name: _share(name, getattr(self, name)) for name in shares),
-            lambda: _positive("epochs", self.epochs, optional=True),
+            lambda: _positive("epochs", self.epochs, optional=True, most=MOST_EPOCHS),
             lambda: _positive("validations_per_train_item", self.validations_per_train_item, optional=True),
             lambda: require("val_batches", batches, batches is None or batches == -1 or batches >= 1, f"{whole}, or -1 for all"),
             lambda: require_choice("best_metric", self.best_metric, BEST_METRICS),
@@ -154,6 +155,11 @@ class FitSettings:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     loop: LoopSettings = field(default_factory=LoopSettings)
 
+    def __post_init__(self) -> None:
+        """Raise UserError for LoRA+ without LoRA."""
+        if self.method.fine_tune_type == "full" and self.optimizer.loraplus_lr_ratio != 1:
+            raise UserError("loraplus_lr_ratio is for lora and dora; fine_tune_type='full' has no second matrix. Leave it out.")
+
     @property
     def random_state(self) -> int:
         """The seed of the adapter's first weights, the order of the rows and dropout."""
@@ -172,9 +178,9 @@ class FitSettings:
         return {each.name: getattr(self.loop, each.name) for each in fields(self.loop) if each.name in LoopSettings.UNBINDING}
 
 
-def _positive(name: str, value: float | None, *, optional: bool = False) -> None:
-    holds = optional if value is None else math.isfinite(value) and value > 0
-    require(name, value, holds, "a number above 0")
+def _positive(name: str, value: float | None, *, optional: bool = False, most: float = math.inf) -> None:
+    holds = optional if value is None else math.isfinite(value) and 0 < value <= most
+    require(name, value, holds, "a number above 0" + ("" if most == math.inf else f", at most {most:g}"))
 
 
 def _count(name: str, value: int | None) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import re
+from sys import intern
 from typing import NoReturn
 
 from finetune_dataflow.engine.parsing import EXPECTED, SHOWN, ParsedFile, ParsedRow, checked, kind, line_of
+from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.errors import UserError
 
+PIECE = 2**22  # bytes that are decoded together
+BYTES_WITH_BAR = 50_000_000  # below, reading takes about a second
+
+_NESTED = frozenset({dict, list})
 _BLANK = re.compile(r"[ \t\n\r]*")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -104,8 +111,52 @@ def line_rows(name: str, text: str) -> ParsedFile:
     return ParsedFile(tuple(rows), "JSON lines")
 
 
+def plain_line_rows(data: bytes) -> ParsedFile | None:
+    """The rows of JSON lines in UTF-8, read a few megabytes at a time; None where anything is wrong, or nothing is there.
+
+    What is wrong is told by `decoded` and `line_rows`, which look at the whole text.
+    """
+    rows: list[ParsedRow] = []
+    position = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+    number = 0
+    bar = Bar(len(data), "bytes read") if len(data) >= BYTES_WITH_BAR else None
+    try:
+        while position < len(data):
+            end = data.find(b"\n", position + PIECE) + 1 or len(data)
+            text = str(memoryview(data)[position:end], "utf-8")
+            number = _add_plain_rows(rows, text, number)
+            if bar:
+                bar.advance(end - position)
+            position = end
+    except (ValueError, RecursionError, UserError):
+        return None
+    if bar:
+        bar.close()
+    return ParsedFile(tuple(rows), "JSON lines") if rows else None
+
+
+def _add_plain_rows(rows: list[ParsedRow], text: str, number: int) -> int:
+    """Add the rows of whole lines that come after `number` others; the number of the last. ValueError where one is wrong."""
+    suspicious = bool(_SURROGATE.search(text))
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if not lines[-1]:
+        lines.pop()
+    for number, line in enumerate(lines, start=number + 1):  # noqa: B020 -- it goes on where the piece before ended
+        stripped = line.strip()
+        if not stripped:
+            continue
+        value, end = _DECODER.raw_decode(stripped)
+        if end < len(stripped):
+            raise _RefusedError("more than one value")
+        nested = type(value) is not dict or not _NESTED.isdisjoint(map(type, value.values()))
+        if suspicious or nested:
+            checked("", value, suspicious)
+        rows.append(ParsedRow(number, value, f"line {number}"))
+    return number
+
+
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values = dict(pairs)
+    values = {intern(key): value for key, value in pairs}  # each row would have keys of its own
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -11,6 +12,7 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from finetune_dataflow.engine.fit_settings import MethodSettings
+from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.randomness import seeded
 from finetune_dataflow.errors import UserError, nearest
 
@@ -19,7 +21,7 @@ QUANTIZED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
 ADAPTABLE = (nn.Linear, nn.Embedding, *QUANTIZED, SwitchLinear)
 
 
-def make_trainable(model: nn.Module, settings: MethodSettings) -> None:
+def make_trainable(model: nn.Module, settings: MethodSettings, *, evaluate: bool = True) -> None:
     """Freeze `model` but for what the fit trains. New layers are seeded by random_state and change no output yet.
 
     Raises UserError for more layers than the model has, for lora_keys that match no module or one that takes no adapter,
@@ -40,9 +42,18 @@ def make_trainable(model: nn.Module, settings: MethodSettings) -> None:
             linear_to_lora_layers(
                 model, adapted_layers(settings, blocks), lora_parameters(settings), settings.fine_tune_type == "dora"
             )
-            mx.eval(model.trainable_parameters())
+            if evaluate:
+                mx.eval(model.trainable_parameters())
     except ValueError as error:
         raise UserError(f"fine_tune_type={settings.fine_tune_type!r} does not work on this model: {error}.") from error
+
+
+def trained_parameters(base_model_path: Path, settings: MethodSettings) -> dict[str, int]:
+    """How many parameters a fit trains and how many the model has; no weight is read for it."""
+    model = load_model(base_model_path, lazy=True)
+    before = sum(each.size for _, each in cast(list[tuple[str, mx.array]], tree_flatten(model.parameters())))
+    make_trainable(model, settings, evaluate=False)
+    return {"trained": sum(each.size for each in trainable(model).values()), "all": before}
 
 
 def adapted_layers(settings: MethodSettings, blocks: int) -> int:

@@ -84,11 +84,16 @@ def write_model(
             save_model(temporary, model, donate_model=True)
             save_config(dict(config), config_path=temporary / "config.json")
             for path in {each for pattern in MODEL_FILES for each in source.glob(pattern)}:
-                if not path.name.startswith(("model", "config.json")):
+                if path.suffix != ".safetensors" and not path.name.startswith(("model.", "config.json")):
                     shutil.copyfile(path, temporary / path.name)
             write_json(temporary / MADE_OF, made_of)
             flush_tree(temporary)
-            shutil.rmtree(directory, ignore_errors=True)
+            if (directory / MADE_OF).is_file():
+                shutil.rmtree(directory)
+            elif directory.exists():
+                raise UserError(
+                    f"{directory} is not a directory that this project wrote. Move it, or name another output directory."
+                )
             temporary.rename(directory)
     except RuntimeError as error:  # MLX's own writer
         raise UserError(f"{directory} cannot be written: {error}.") from error

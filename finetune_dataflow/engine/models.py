@@ -12,13 +12,14 @@ from finetune_dataflow.engine.adapters import apply_adapter
 from finetune_dataflow.errors import UserError
 
 
-def load_model(base_model_path: Path, adapter_path: Path | None = None) -> nn.Module:
+def load_model(base_model_path: Path, adapter_path: Path | None = None, *, lazy: bool = False) -> nn.Module:
     """The base model, with the adapter applied where one is given, in evaluation mode.
 
-    On a CPU, half-precision weights become float32, the fast type there and an exact copy of their values.
+    lazy: weights are read when they are first used. On a CPU, half-precision weights become float32, the fast type there and
+    an exact copy of their values.
     """
     try:
-        model, _ = load_base_model(base_model_path, trust_remote_code=False)
+        model, _ = load_base_model(base_model_path, lazy=lazy, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError, ArithmeticError) as error:
         raise UserError(f"The model in {base_model_path} cannot be loaded: {error}") from error
     except SystemExit as error:  # mlx-lm's OLMo exits where its package is missing

@@ -30,7 +30,7 @@ _WIDE_MARKS = {  # the longer marks first: UTF-32's begins with UTF-16's
 }
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: millions are made
 class ParsedRow:
     """One row of a file: `number` counts from 1 (in JSON lines the line's), `place` is what an error calls it."""
 

@@ -69,6 +69,7 @@ class PreparedContent:
     response_template: Template
     loom: PreparedLoom | None
     own_input_template: bool
+    own_response_template: bool
     examples: tuple[Message, ...] = ()
 
     def build(self, record: Record) -> tuple[tuple[Message, ...], str]:
@@ -111,6 +112,8 @@ class PreparedContent:
 
     def _texts(self, input_text: str, contexts: Sequence[str], columns: Mapping[str, Any]) -> tuple[str, str]:
         """The system text and the user's text of a row."""
+        if not contexts and self.loom is None and not self.own_input_template:
+            return self.system_prompt, input_text
         joined = "\n\n".join(self.context_template.fill({**columns, "context": each}) for each in contexts)
         values = {**columns, "input": input_text, "context": joined}
         if self.loom is None:
@@ -133,6 +136,8 @@ class PreparedContent:
         return parts.system or self.system_prompt, _paragraphs(parts.context or "", parts.question)
 
     def _reply(self, input_text: str, output_text: str, columns: Mapping[str, Any]) -> str:
+        if not self.own_response_template:
+            return output_text
         return self.response_template.fill({**columns, "input": input_text, "response": output_text})
 
 
@@ -151,6 +156,7 @@ def prepared_content(content: PromptContent, loom: PreparedLoom | None) -> Prepa
         parsed(content.response_template, "response_template"),
         loom,
         content.input_template != INPUT_TEMPLATE,
+        content.response_template != RESPONSE_TEMPLATE,
     )
     examples: list[Message] = []
     for example in few_shot_examples(Path(content.few_shot_file), content.few_shot_count) if content.few_shot_file else ():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -12,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from finetune_dataflow.engine.many_rows import watched
 from finetune_dataflow.engine.splitting import normalised
 from finetune_dataflow.errors import UserError
 
@@ -119,7 +121,7 @@ def data_quality(rows: pd.DataFrame, control_strings: Collection[str] = ()) -> Q
     found: dict[str, list[int]] = defaultdict(list)  # kind -> places in the columns
     strings = Counter[str]()
     control = _ControlStrings(control_strings)
-    for place, texts in enumerate(zip(inputs, outputs, strict=True)):
+    for place, texts in enumerate(watched(zip(inputs, outputs, strict=True), len(inputs), "data quality")):
         for kind in {kind for text in texts for kind in _odd_characters(text)}:
             found[kind].append(place)
         if held := {match for text in texts for match in control.held_by(text)}:
@@ -200,26 +202,37 @@ class _ControlStrings:
 
 def _compare_rows(inputs: Sequence[str], outputs: Sequence[str], found: dict[str, list[int]]) -> None:
     """Add what a row's two texts, or two rows, have in common."""
-    outputs_of: dict[str, dict[str, int]] = {}  # normalised input -> its outputs, stripped
-    same_input: dict[str, list[int]] = defaultdict(list)
-    for place, (question, reply) in enumerate(zip(inputs, outputs, strict=True)):
+    groups: dict[bytes, int] = {}  # normalised input -> its number; texts are kept as their hashes
+    outputs_of: list[int] = []  # how many different outputs, stripped, each group has
+    pairs: set[bytes] = set()
+    group_of = np.full(len(inputs), -1, np.int64)
+    for place, (question, reply) in enumerate(watched(zip(inputs, outputs, strict=True), len(inputs), "rows compared")):
         key, stripped = normalised(question), reply.strip()
-        if not key:
-            found["empty_input"].append(place)
         if not stripped:
             found["empty_output"].append(place)
         elif len(stripped) != len(reply):
             found["white_space"].append(place)
-        if key and stripped and question.strip() == stripped:
+        if not key:
+            found["empty_input"].append(place)
+            continue
+        if stripped and question.strip() == stripped:
             found["echo"].append(place)
-        if key:
-            same_input[key].append(place)
-            seen = outputs_of.setdefault(key, {})
-            if stripped in seen:
-                found["duplicate"].append(place)
-            seen.setdefault(stripped, place)
-    conflicting = (places for key, places in same_input.items() if len(outputs_of[key]) > 1)
-    found["conflicting_output"] += sorted(place for places in conflicting for place in places)
+        group = groups.setdefault(_digest(key), len(groups))
+        group_of[place] = group
+        if group == len(outputs_of):
+            outputs_of.append(0)
+        pair = group.to_bytes(8, "little") + _digest(stripped)
+        if pair in pairs:
+            found["duplicate"].append(place)
+        else:
+            pairs.add(pair)
+            outputs_of[group] += 1
+    conflicting = np.array([*outputs_of, 0])[group_of] > 1  # the last is for rows without an input
+    found["conflicting_output"] += np.flatnonzero(conflicting).tolist()
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _length_outliers(texts: Sequence[str]) -> tuple[list[int], list[int]]:

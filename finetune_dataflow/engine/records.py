@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from finetune_dataflow.engine.files import fingerprint as json_fingerprint
+from finetune_dataflow.engine.many_rows import CHUNK, lines_fingerprint, paused
 from finetune_dataflow.engine.shapes import Record, ShapedRows
 
 OPTIONAL: dict[str, Any] = {"contexts": (), "messages": (), "tools": (), "columns": {}, "group": None, "side": None}
 
 
+@paused()
 def table(shaped: ShapedRows) -> pd.DataFrame:
     """The records, a line each."""
-    names = ["row", "input_text", "output_text", *OPTIONAL]
-    columns = {name: [getattr(record, name) for record in shaped.records] for name in names}
-    columns["identity"] = [_identity(record) for record in shaped.records]
-    return pd.DataFrame({name: pd.Series(values, dtype=None if name == "row" else object) for name, values in columns.items()})
+    columns: dict[str, Any] = {"row": np.fromiter((record.row for record in shaped.records), np.int64, len(shaped.records))}
+    for name in ("input_text", "output_text", *OPTIONAL):
+        columns[name] = _objects([getattr(record, name) for record in shaped.records])
+    columns["identity"] = _objects([_identity(record) for record in shaped.records])
+    return pd.DataFrame(columns)
+
+
+def _objects(values: list[Any]) -> np.ndarray[Any, np.dtype[np.object_]]:
+    """The values as a column, those that are lists themselves, too."""
+    column = np.empty(len(values), object)
+    column[:] = values
+    return column
 
 
 def identities(rows: pd.DataFrame) -> pd.Series:
@@ -28,15 +38,26 @@ def identities(rows: pd.DataFrame) -> pd.Series:
 
 def each_record(rows: pd.DataFrame) -> Iterator[Record]:
     """The lines of a table as records; columns that a table of a user's own lacks are empty."""
-    for line in rows.to_dict("records"):
-        optional = {name: line.get(name, default) for name, default in OPTIONAL.items()}
-        yield Record(row=int(line["row"]), input_text=line["input_text"], output_text=line["output_text"], **optional)
+    for start in range(0, len(rows), CHUNK):
+        part = rows.iloc[start : start + CHUNK]
+        columns = [part[name].tolist() if name in part else [default] * len(part) for name, default in OPTIONAL.items()]
+        numbers = map(int, part["row"].tolist())
+        for row, input_text, output_text, *optional in zip(
+            numbers, part["input_text"].tolist(), part["output_text"].tolist(), *columns, strict=True
+        ):
+            yield Record(row, input_text, output_text, *optional)
 
 
 def fingerprint(rows: pd.DataFrame) -> str:
     """SHA-256 (hex) of the records in their order."""
     names = [name for name in ("input_text", "output_text", "contexts", "messages", "tools", "group", "side") if name in rows]
-    return json_fingerprint(rows[names].to_numpy().tolist())
+    return lines_fingerprint(lines(rows, names))
+
+
+def lines(rows: pd.DataFrame, names: Sequence[str]) -> Iterator[list[Any]]:
+    """Some columns of a table line by line."""
+    for start in range(0, len(rows), CHUNK):
+        yield from rows[list(names)].iloc[start : start + CHUNK].to_numpy().tolist()
 
 
 def _identity(record: Record) -> str:

@@ -24,7 +24,10 @@ HISTORY, LINEAGE, METRICS = "metrics.jsonl", "lineage.json", "metrics.json"
 HOLD_OUT_INPUTS = "hold_out_inputs.txt"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = Path("adapters") / "adapters.safetensors"
-OWN_FILES = (HISTORY, LINEAGE, METRICS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "adapters", CHECKPOINTS)
+OWN_FILES = (
+    HISTORY, LINEAGE, METRICS, HOLD_OUT_INPUTS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "label_audit.html",
+    "dag.svg", "adapters", "adapters-last", "model", CHECKPOINTS,
+)  # fmt: skip
 
 
 logger = logging.getLogger(__name__)
@@ -72,9 +75,9 @@ def run_identity(settings: dict[str, Any], fingerprints: dict[str, str], unbindi
     )
 
 
-def location(output_dir: str, identity: RunIdentity) -> Path:
+def location(output_dir: str, identity: RunIdentity) -> files.Location:
     """The run's directory: `output_dir`, or the default under `runs`."""
-    return files.user_path(output_dir) if output_dir else Path("runs") / identity.name
+    return files.Location(files.user_path(output_dir) if output_dir else Path("runs") / identity.name)
 
 
 @contextmanager
@@ -136,9 +139,10 @@ def _plain_values(identity: RunIdentity) -> dict[str, Any]:
 
 def finished_fit(directory: Path) -> FitSummary | None:
     """The summary of the fit that `directory` holds, or None where it was not finished or its weights are gone."""
+    from finetune_dataflow.engine.arrays import is_whole
     from finetune_dataflow.engine.training import FitSummary
 
-    if not (directory / HISTORY).is_file() or not (directory / WEIGHTS).is_file():
+    if not (directory / HISTORY).is_file() or not is_whole(directory / WEIGHTS):
         return None
     last = files.read_json_lines(directory / HISTORY)[-1:]
     names = [each.name for each in fields(FitSummary)]
@@ -163,10 +167,15 @@ def warn_of_hold_outs_beside(directory: Path, used: frozenset[str]) -> None:
 
 def finished_metrics(directory: Path, identity: RunIdentity, evaluation: dict[str, Any]) -> dict[str, Any] | None:
     """The metrics of the run that `directory` holds, or None where no evaluation like this one was finished."""
+    from finetune_dataflow.engine.adapters import adapter_fingerprint
+
     fitted_here = "adapter" not in identity.fingerprints
     if _identity_there(directory) != _plain_values(identity) or (fitted_here and not (directory / WEIGHTS).is_file()):
         return None
     try:
+        lineage = json.loads((directory / LINEAGE).read_text(encoding="utf-8"))
+        if fitted_here and lineage.get("adapter") != adapter_fingerprint(directory / WEIGHTS.parent):
+            return None  # somebody wrote another adapter there: these are not its scores
         metrics = json.loads((directory / METRICS).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError):
         return None

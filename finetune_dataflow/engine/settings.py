@@ -166,4 +166,4 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def _short(value: object) -> str:
     text = "not set" if value is None else repr(value)
-    return text if len(text) <= 40 else f"{text[:20]}…"
+    return text if len(text) <= 120 else f"{text[:20]}…"

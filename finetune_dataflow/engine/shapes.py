@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from finetune_dataflow.engine.chat_rows import Chat, holds_messages, messages_chat, prompt_chat, sharegpt_chat
+from finetune_dataflow.engine.many_rows import lines_fingerprint, paused, watched
 from finetune_dataflow.engine.object_text import OBJECT_FORMATS, object_text
 from finetune_dataflow.engine.parsing import SHOWN, kind
 from finetune_dataflow.engine.row_problems import RowError, RowProblems, missing_key, quoted
@@ -36,7 +37,7 @@ class ShapeSettings:
     object_format: str = "json"
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: millions are made
 class Record:
     """One row, read: its texts, its whole conversation where it is one, and everything it came with.
 
@@ -67,8 +68,14 @@ class ShapedRows:
     dropped: tuple[DroppedRow, ...]
     notes: tuple[str, ...]
 
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything in the rows."""
+        names = [each.name for each in fields(Record)]
+        lines = ([getattr(each, name) for name in names] for each in self.records)
+        return lines_fingerprint(lines, self.shape, [[each.row, each.reason] for each in self.dropped], [*self.notes])
 
-@dataclass(frozen=True)
+
+@dataclass(slots=True)
 class _Content:
     input_text: str
     output_text: str
@@ -191,6 +198,7 @@ _FURTHER_KEYS = {  # those that a shape uses where they are there
 }
 
 
+@paused()
 def records(source: Source, settings: ShapeSettings) -> ShapedRows:
     """The records of a source's rows: every row is a record or is dropped with its reason.
 
@@ -198,24 +206,22 @@ def records(source: Source, settings: ShapeSettings) -> ShapedRows:
     their shapes are mixed, ambiguous or unknown, and for all rows at once that lack a key or a text or whose turns are wrong.
     """
     _check_settings(settings)
-    rows = _objects(source)
-    used = [(row, columns) for row, columns in rows if not _is_empty(columns)]
-    dropped = tuple(DroppedRow(row.number, EMPTY_ROW) for row, columns in rows if _is_empty(columns))
+    used, dropped = _used(_objects(source))
     if not used:
         raise UserError(f"{source.location}: every value of every row is null or empty. Expected rows with texts.")
     shape = _shape(source.location, used, settings)
     problems = RowProblems(source.location)
     found: list[Record] = []
     repeating = 0
-    for source_row, columns in used:
+    for source_row, columns in watched(used, len(used), "shapes"):
         row = _Row(source_row, columns, settings, problems)
         content, group = _READERS[shape](row), row.group()
-        chat = content.chat or Chat(())
-        repeating += chat.repeats_a_role
+        messages, tools = (content.chat.messages, content.chat.tools) if content.chat else ((), ())
+        repeating += content.chat is not None and content.chat.repeats_a_role
         texts = content.input_text, content.output_text, content.contexts
-        found.append(Record(source_row.number, *texts, chat.messages, chat.tools, columns, group, source_row.side))
+        found.append(Record(source_row.number, *texts, messages, tools, columns, group, source_row.side))
     problems.raise_if_any()
-    return ShapedRows(tuple(found), shape, dropped, tuple(_notes(shape, found, len(dropped), repeating, settings)))
+    return ShapedRows(tuple(found), shape, tuple(dropped), tuple(_notes(shape, found, len(dropped), repeating, settings)))
 
 
 def _check_settings(settings: ShapeSettings) -> None:
@@ -248,9 +254,16 @@ def _objects(source: Source) -> list[tuple[SourceRow, Columns]]:
     return objects
 
 
-def _is_empty(columns: Columns) -> bool:
-    """Whether a row has keys and nothing under any of them. An object without keys lacks those it should have."""
-    return bool(columns) and all(each is None for each in columns.values())
+def _used(rows: Sequence[tuple[SourceRow, Columns]]) -> tuple[list[tuple[SourceRow, Columns]], list[DroppedRow]]:
+    """The rows with something in them, and the others."""
+    used, dropped = [], []
+    for row, columns in rows:
+        # An object without keys is not empty: it lacks those it should have.
+        if columns and not any(each is not None for each in columns.values()):
+            dropped.append(DroppedRow(row.number, EMPTY_ROW))
+        else:
+            used.append((row, columns))
+    return used, dropped
 
 
 def _shape(location: str, rows: Sequence[tuple[SourceRow, Columns]], settings: ShapeSettings) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from finetune_dataflow.engine.files import user_path
-from finetune_dataflow.engine.json_rows import json_rows, line_rows
+from finetune_dataflow.engine.json_rows import json_rows, line_rows, plain_line_rows
+from finetune_dataflow.engine.many_rows import lines_fingerprint, paused
 from finetune_dataflow.engine.parsing import FORMATS, SHOWN, ParsedFile, ParsedRow, decoded
 from finetune_dataflow.engine.remote import client_errors, first_line, opened, reading, scheme_of
 from finetune_dataflow.engine.tables import parquet_rows, separated_rows, table_rows
@@ -34,7 +35,7 @@ SPLIT_NAMES = {
 _HUB_NAME = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: millions are made
 class SourceRow:
     """One row as it was read.
 
@@ -57,6 +58,11 @@ class Source:
     kind: str
     has_sides: bool
     location: str = "the data"
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that was read."""
+        lines = ([row.number, row.value, row.side, row.place] for row in self.rows)
+        return lines_fingerprint(lines, self.kind, self.has_sides, self.location)
 
 
 @dataclass(frozen=True)
@@ -207,6 +213,7 @@ def _from_url(location: str) -> Source:
     return replace(found, kind=f"{found.kind} from {scheme}://")
 
 
+@paused()
 def _source(location: str, told: str, parts: Sequence[_Part]) -> Source:
     """The parts' rows one after another; a later part's numbers go on where the earlier one's ended."""
     rows: list[SourceRow] = []
@@ -219,8 +226,11 @@ def _source(location: str, told: str, parts: Sequence[_Part]) -> Source:
     return Source(tuple(rows), told, any(part.side for part in parts), location)
 
 
+@paused()
 def _parsed(name: str, data: bytes, suffix: str) -> ParsedFile:
     """The rows of a file's bytes; the suffix chooses the format, and JSON is expected where it names none."""
+    if suffix in {".jsonl", ".ndjson"} and (rows := plain_line_rows(data)) is not None:
+        return rows
     if suffix == ".parquet" or data.startswith(b"PAR1"):
         return parquet_rows(name, data)
     text = decoded(name, data)

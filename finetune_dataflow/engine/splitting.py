@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
+from finetune_dataflow.engine.many_rows import watched
 from finetune_dataflow.engine.records import identities
 from finetune_dataflow.engine.settings import SplitSettings
 from finetune_dataflow.engine.tokens import DroppedRow
@@ -57,7 +58,7 @@ def sides(rows: pd.DataFrame, settings: SplitSettings) -> pd.Series:
         place = position(text, settings.random_state)
         return SIDES[(place >= train_end) + (place >= validation_end)]
 
-    dealt = keys.map(side)
+    dealt = pd.Series([side(text) for text in watched(keys.tolist(), len(keys), "split")], keys.index, dtype=object)
     given = rows["side"] if "side" in rows else pd.Series(None, index=rows.index, dtype=object)
     if given.notna().any():
         lacking = [name for name in SIDES[1:] if not (given == name).any()]

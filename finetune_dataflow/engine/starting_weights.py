@@ -11,7 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from finetune_dataflow.engine.files import content_fingerprint, replacing, user_path
+from finetune_dataflow.engine.arrays import write_arrays
+from finetune_dataflow.engine.files import user_path
+from finetune_dataflow.engine.fit_settings import MethodSettings
+from finetune_dataflow.engine.path_contents import path_fingerprint
 from finetune_dataflow.errors import UserError, nearest
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -41,7 +44,7 @@ def named(path: Path | None) -> dict[str, str]:
 
 def fingerprints(path: Path | None) -> dict[str, str]:
     """The fingerprint of the weights under a name of its own; empty for None."""
-    return {} if path is None else {"starting_weights": content_fingerprint([path])}
+    return {} if path is None else {"starting_weights": path_fingerprint(path)}
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
@@ -56,6 +59,11 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         if not isinstance(weights, dict) or not weights:
             raise ValueError("no named arrays in it")
         mx.eval(weights)
+        odd = [
+            name for name, each in weights.items() if not mx.issubdtype(each.dtype, mx.floating) or not mx.isfinite(each).all()
+        ]
+        if odd:
+            raise ValueError(f"{odd[0]} holds values that are no finite numbers, or whole ones")
     except (ValueError, RuntimeError, OSError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} cannot be read as weights: {error}. It may have been cut short.") from error
     return weights
@@ -78,11 +86,13 @@ def check_base(path: Path, base_model_fingerprint: str) -> None:
         )
 
 
-def start_from(model: nn.Module, path: Path) -> None:
+def start_from(model: nn.Module, path: Path, settings: MethodSettings) -> None:
     """Put the weights in `path` on the model's trainable parameters, all of them and nothing else.
 
-    Raises UserError naming the first that is missing, too many, or of another shape.
+    Raises UserError naming the first that is missing, too many, or of another shape, or where the config beside the weights
+    says that they were trained by another method or under another scale.
     """
+    _check_method(path, settings)
     weights = read_weights(path)
     trainable = dict(cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters())))
     problems = [
@@ -104,9 +114,21 @@ def start_from(model: nn.Module, path: Path) -> None:
     mx.eval(model.trainable_parameters())
 
 
+def _check_method(path: Path, settings: MethodSettings) -> None:
+    try:
+        there = json.loads(path.with_name(CONFIG).read_text(encoding="utf-8"))
+        scale = (there.get("lora_parameters") or {}).get("scale")
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return
+    full = settings.fine_tune_type == "full"
+    if there.get("fine_tune_type", "lora") != settings.fine_tune_type or not (full or scale in (None, settings.effective_scale)):
+        raise UserError(
+            f"resume_adapter_file={str(path)!r} was trained with fine_tune_type={there.get('fine_tune_type', 'lora')!r} and a "
+            f"scale of {scale}; this fit has {settings.fine_tune_type!r} and {settings.effective_scale}. Give it the same."
+        )
+
+
 def convert(source: Path, target: Path) -> Path:
     """Write the weights of a .npz file as safetensors, bit for bit, whole or not at all."""
     weights = read_weights(source)
-    with replacing(target) as temporary:
-        mx.save_safetensors(str(temporary), weights, {"format": "mlx"})
-    return target
+    return write_arrays(target, weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -22,10 +23,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from finetune_dataflow.engine import adapters, memory
+from finetune_dataflow.engine.arrays import is_whole
 from finetune_dataflow.engine.batches import Batch, batch, epoch_order, widths
 from finetune_dataflow.engine.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
 from finetune_dataflow.engine.event_log import EventLog
-from finetune_dataflow.engine.fit_plan import chosen_rows, fit_plan
+from finetune_dataflow.engine.fit_plan import FitPlan, chosen_rows, fit_plan
 from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.interrupts import Interrupts, Stopped, held_back
 from finetune_dataflow.engine.losses import LossPath, mean_loss, proven_path
@@ -111,10 +113,11 @@ def fit(
     settings: FitSettings,
     run_directory: Path,
     adapter_notes: dict[str, object],
-    used_inputs: frozenset[str] = frozenset(),
+    used_inputs: frozenset[str] | None = frozenset(),
     *,
     start: Path | None = None,
     score: Callable[[nn.Module], float] | None = None,
+    plan: FitPlan | None = None,
 ) -> FitSummary:
     """Fit an adapter, or go on with a fit that was interrupted, and keep the best in `<run_directory>/adapters`.
 
@@ -123,20 +126,28 @@ def fit(
     `metrics.jsonl` is written as the fit goes. Raises UserError on a loss or gradient that is not finite, with the row
     numbers; the best adapter so far stays as it is. Raises Stopped on Ctrl-C, after the batch is finished and saved.
     """
+    for name, rows in (("training", train), ("validation", validation)):
+        if len(rows) == 0:
+            raise UserError(f"The {name} set has no rows. Expected at least one.")
+    plan = plan or fit_plan(settings, len(train), len(validation))
     model = load_model(base_model_path)
     make_trainable(model, settings.method)
     if start is not None:
-        start_from(model, start)
+        start_from(model, start, settings.method)
     config = {**adapter_config(settings.method, len(model.layers)), **adapter_notes}
     for directory in (run_directory / BEST, run_directory / LAST):
         adapters.save_config(directory, config)
         adapters.save_used_inputs(directory, used_inputs)
     with EventLog(run_directory / HISTORY) as history, recomputing(model) if settings.loop.grad_checkpoint else nullcontext():
-        running = _Fit(model, train, validation, settings, run_directory, history, score)
+        running = _Fit(model, train, validation, settings, plan, run_directory, history, score)
         with held_back() as interrupts:
             summary = running.run(interrupts)
-        adapters.save_weights(model, run_directory / LAST)
-        history.write(event="end", **asdict(summary))
+            adapters.save_weights(model, run_directory / LAST)
+            history.write(event="end", **asdict(summary))
+            if plan.save_every is None:  # nobody asked for them: they were there to go on from
+                shutil.rmtree(run_directory / CHECKPOINTS, ignore_errors=True)
+            if interrupts.requested:
+                raise Stopped(f"The fit in {run_directory} is finished. The same command evaluates its adapter.")
     return summary
 
 
@@ -149,13 +160,13 @@ class _Fit:
         train: TokenColumns,
         validation: TokenColumns,
         settings: FitSettings,
+        plan: FitPlan,
         directory: Path,
         history: EventLog,
         score: Callable[[nn.Module], float] | None,
     ) -> None:
         self.model, self.settings, self.directory, self.history, self.score = model, settings, directory, history, score
-        self.train = train
-        self.plan = fit_plan(settings, len(train), len(validation))
+        self.train, self.plan = train, plan
         self.validation = chosen_rows(validation, self.plan.validation_rows, settings.random_state)
         self.identity = {
             **settings.values, "train_set": train.fingerprint(), "validation_set": self.validation.fingerprint()
@@ -177,7 +188,7 @@ class _Fit:
             state.first_validation_loss = self._validate()
         bar = Bar(plan.updates, "fit", done=state.updates)
         self.model.train()
-        for current in self._batches():
+        for current in self._batches() if not state.stopped_early else ():
             started = time.perf_counter()
             self._accumulate(current)
             ended = plan.ends_update(state.batches)
@@ -187,11 +198,11 @@ class _Fit:
             if ended:
                 bar.advance(figures=self._figures())
                 self._between_updates()
+            if state.stopped_early:
+                break
             if interrupts.requested and state.batches < plan.batches:
                 bar.close()
                 self._stop()
-            if state.stopped_early:
-                break
         bar.close()
         return self._summary()
 
@@ -216,7 +227,8 @@ class _Fit:
         if not math.isfinite(value):
             self._refuse("loss", value, rows)
         if self.plan.accumulation > 1:
-            weighted = tree_map(lambda each: each * supervised, gradient)
+            # In float32: a sum of many gradients in half precision loses most of them.
+            weighted = tree_map(lambda each: each.astype(mx.float32) * supervised, gradient)
             gradient = tree_map(mx.add, self.accumulated, weighted) if self.accumulated else weighted
             mx.eval(gradient)
         self.accumulated = gradient
@@ -318,6 +330,9 @@ class _Fit:
     def _resume(self) -> None:
         """Go on from the newest checkpoint, where there is one; else find out how the loss may be computed."""
         checkpoint = latest_checkpoint(self.directory / CHECKPOINTS)
+        if checkpoint is not None and not is_whole(self.directory / BEST / adapters.WEIGHTS):
+            logger.warning("The best adapter in %s is gone or damaged. The fit starts again.", self.directory / BEST)
+            checkpoint = None
         if checkpoint is None:
             self.history.cut(0)
             self.path = proven_path(self.model, next(self._batches()))

@@ -11,7 +11,6 @@ from finetune_dataflow.engine.chat import load_encoder
 from finetune_dataflow.engine.fit_plan import chosen_rows
 from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.generation import replies_of
-from finetune_dataflow.engine.rouge import rouge_by_row
 from finetune_dataflow.engine.settings import GenerationSettings
 from finetune_dataflow.engine.tokens import TokenColumns
 
@@ -28,6 +27,8 @@ def score(
     metric = settings.loop.best_metric
     if metric == "loss":
         return None
+    from finetune_dataflow.engine.rouge import rouge_by_row  # its library takes seconds to import
+
     rows = chosen_rows(validation, settings.loop.best_metric_rows, settings.random_state)
     encoder = load_encoder(base_model_path, chat_template)
     prompts = [rows.prompt(index) for index in range(len(rows))]
