@@ -21,7 +21,7 @@ def planned(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.fixture
 def model(tiny_model: Path) -> list[str]:
-    return ["--model", str(tiny_model), "--max-seq-length", "400"]
+    return ["--model", str(tiny_model), "--max-seq-length", "400", "--num-layers", "2"]
 
 
 def test_a_run_from_csv(

@@ -61,7 +61,13 @@ def counted_by_mlx(monkeypatch: pytest.MonkeyPatch) -> None:
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "lora": {"num_layers": 4, "batch_size": 8},
     "checkpointed": {"num_layers": -1, "batch_size": 8, "grad_checkpoint": True},
-    "full, accumulated": {"num_layers": -1, "fine_tune_type": "full", "batch_size": 2, "grad_accumulation_steps": 2},
+    "full, accumulated": {
+        "num_layers": 6,
+        "fine_tune_type": "full",
+        "batch_size": 4,
+        "grad_accumulation_steps": 2,
+        "epochs": 3.0,
+    },
 }
 
 
@@ -69,7 +75,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 def test_estimated_and_predicted_memory_are_within_a_fifth_of_the_fit_s(
     name: str, model: Path, train: TokenColumns, validation: TokenColumns, tmp_path: Path, counted_by_mlx: None
 ) -> None:
-    settings = settings_of(epochs=1.0, evals_per_epoch=1, **CONFIGURATIONS[name])
+    settings = settings_of(**{"epochs": 1.0, "evals_per_epoch": 1, **CONFIGURATIONS[name]})
     estimate = probe(model, train, validation, settings, available=PLENTY)
     summary = training.fit(model, train, validation, settings, tmp_path, {})
     real = mx.get_peak_memory()
@@ -85,12 +91,15 @@ def test_estimated_and_predicted_memory_are_within_a_fifth_of_the_fit_s(
 
 
 def test_on_a_cpu_the_estimate_holds_what_the_process_held_before(
-    model: Path, train: TokenColumns, validation: TokenColumns
+    tiny_model: Path, train: TokenColumns, validation: TokenColumns
 ) -> None:
-    before = probing._resident()
-    found = probe(model, train, validation, settings_of(batch_size=2, iters=1, epochs=None))
-    assert before > 50 * MIB
-    assert before < found.peak_memory_bytes < before + 500 * MIB and found.peak_memory_bytes > found.array_memory_bytes
+    settings = settings_of(batch_size=2, iters=1, epochs=None)
+    alone = probe(tiny_model, train, validation, settings)
+    ballast = np.ones(400 * MIB, np.uint8)
+    beside = probe(tiny_model, train, validation, settings)
+    assert 300 * MIB < beside.peak_memory_bytes - alone.peak_memory_bytes < 500 * MIB
+    assert beside.array_memory_bytes == pytest.approx(alone.array_memory_bytes, rel=0.2)
+    del ballast
 
 
 def test_the_heaviest_batch_is_not_run_where_it_is_predicted_not_to_fit(
@@ -107,7 +116,7 @@ def test_the_heaviest_batch_is_not_run_where_it_is_predicted_not_to_fit(
     monkeypatch.setattr(probing._Trial, "accumulate", lambda *_: pytest.fail("a real batch was run"))
     found = probe(model, train, validation, settings_of(batch_size=16, num_layers=-1), available=40 * MIB)
     assert found.tried and not found.measured and (found.rows, found.width) == (16, 96)
-    assert max(sizes) == 64 < 16 * 96
+    assert max(sizes) == 96 < 16 * 96
 
 
 def test_nothing_is_loaded_where_the_weights_alone_do_not_fit(
@@ -134,13 +143,13 @@ def test_the_advised_smaller_batches_make_the_same_number_of_updates_and_do_fit(
 
 
 def test_checkpointing_is_advised_where_batches_cannot_be_smaller(
-    model: Path, train: TokenColumns, validation: TokenColumns, counted_by_mlx: None
+    model: Path, validation: TokenColumns, counted_by_mlx: None
 ) -> None:
-    settings = settings_of(batch_size=1, num_layers=-1)
-    found = probe(model, train, validation, settings, available=22 * MIB)
+    long, settings = rows_between(3, 1, 190, 200), settings_of(batch_size=1, num_layers=-1)
+    found = probe(model, long, validation, settings, available=25 * MIB)
     assert found.advice.startswith("Predicted to fit: grad_checkpoint=true (about ")
     changed = replace(settings, loop=replace(settings.loop, grad_checkpoint=True))
-    assert probe(model, train, validation, changed, available=22 * MIB).fits
+    assert probe(model, long, validation, changed, available=25 * MIB).fits
 
 
 def footprint(**bytes_of: Any) -> probing._Footprint:
@@ -152,7 +161,7 @@ def candidates(model: Path, validation: TokenColumns) -> Callable[..., str]:
     """The advice for a footprint made by hand: a megabyte for each token of a batch, and nothing else."""
 
     def advice(megabytes: float, rows: TokenColumns, **values: Any) -> str:
-        prober = probing._Probing(model, rows, validation, settings_of(**values), None, round(megabytes * MIB / 0.8))
+        prober = probing._Probing(model, rows, validation, settings_of(**values), None, round(megabytes * MIB / 0.7))
         by_token = probing._Line(token=MIB)
         found = footprint(weights=0, forward=by_token, backward=by_token)
         return prober._advice(found, probing.load_model(model), tried=True)
@@ -164,21 +173,19 @@ def test_a_lower_max_seq_length_comes_next_and_says_how_many_rows_it_shortens(
     candidates: Callable[..., str], train: TokenColumns, validation: TokenColumns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(probing._Probing, "_sampled", lambda self, model, footprint: (footprint, None))
-    shortened = sum(int(each) > 65 for each in [*train.lengths, *validation.lengths]), len(train) + len(validation)
     assert candidates(96, train, batch_size=2).startswith("Predicted to fit: batch_size=1 and grad_accumulation_steps=2 (")
-    # Rows of 64 tokens have 63 inputs, which are padded to 64.
-    expected = "Predicted to fit: batch_size=1, grad_accumulation_steps=2, grad_checkpoint=true and max_seq_length=64, which "
-    assert candidates(64.5, train, batch_size=2).startswith(expected)
-    told = re.search(r"shortens (\d+) of (\d+) rows", candidates(64.5, train, batch_size=2))
-    above_64 = sum(int(each) > 64 for each in [*train.lengths, *validation.lengths])
-    assert told is not None and (int(told.group(1)), int(told.group(2))) == (above_64, shortened[1])
+    found = candidates(80.5, train, batch_size=2)
+    # 81 tokens are 80 inputs and one to predict.
+    expected = "Predicted to fit: batch_size=1, grad_accumulation_steps=2, grad_checkpoint=true and max_seq_length=81, which "
+    longer = sum(int(each) > 81 for each in train.lengths)
+    assert longer > 0 and found.startswith(f"{expected}shortens {longer} of 20 rows")
 
 
 @pytest.mark.parametrize(
     ("megabytes", "expected"),
     [
         (30, r"What may fit: num_layers=[1-7] \("),
-        (12.5, r"What may fit: fine_tune_type=lora \("),
+        (14, r"What may fit: fine_tune_type=lora \("),
         (4, r"What may fit: fine_tune_type=lora and quantize_bits=4 \("),
         (1, r"No change of the settings .* Use a smaller model"),
     ],
@@ -307,14 +314,14 @@ def test_a_probe_is_told_in_a_line_and_what_to_change_in_another() -> None:
     )
     assert lines(refused, settings_of(best_metric="rouge1")) == [
         "Probe: 69 updates; peak memory about 1.9 GiB of 1.0 GiB available "
-        "(predicted from small batches; the heaviest, 4 x 176 tokens, is not tried above 80%).",
+        "(predicted from small batches; the heaviest, 4 x 176 tokens, is not tried above 80 %).",
         "  Before the first update, to prove the loss: about 2.0 GiB.",
         "  The replies generated for best_metric=rouge1 are not counted.",
         "  Do this.",
     ]
     assert lines(replace(refused, tried=False), settings)[0] == (
         "Probe: 69 updates; peak memory at least 1.9 GiB of 1.0 GiB available "
-        "(weights, gradients and optimiser state; nothing is tried above 80%)."
+        "(weights, gradients and optimiser state; nothing is tried above 80 %)."
     )
 
 

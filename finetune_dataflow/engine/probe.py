@@ -37,8 +37,9 @@ from finetune_dataflow.engine.starting_weights import start_from
 from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
 from finetune_dataflow.errors import UserError
 
-SAFE = 0.8  # of the available memory: what is predicted to need more is neither tried nor advised
-SHORTEST, GROWTH = 32, 4  # the width of the made-up rows in tokens, and how much wider the next ones are
+SAFE, ADVISED = 0.8, 0.7  # of the available memory: what is predicted to need more is not tried, not advised
+NARROW, GROWTH = 64, 4  # the width in tokens that made-up rows may have at first, and how much wider the next ones are
+MOST_BATCHES = 100_000  # that are looked at, where they are several epochs
 STATES = {"adam": 2, "adamw": 2, "muon": 1, "lion": 1}  # float32 values that the optimiser keeps for a trained one, at least
 QUANTIZED = 0.5 + 2 * 4 / 64  # bytes of a weight in 4 bits, with a float32 scale and bias for 64 of them
 HALF = (mx.float16, mx.bfloat16)
@@ -96,7 +97,8 @@ def probe(
     room = available_memory() if available is None else available
     probing = _Probing(base_model_path, train, validation, settings, start, room)
     try:
-        return probing.run()
+        with seeded(settings.random_state):  # a model's layers draw their first weights when they are made
+            return probing.run()
     finally:
         mx.clear_cache()
 
@@ -107,9 +109,9 @@ def lines(found: Probe, settings: FitSettings) -> list[str]:
     shape = f"{found.rows} x {found.width} tokens"
     about, how = "about", f"measured on the heaviest batch, {shape}"
     if not found.measured:
-        how = f"predicted from small batches; the heaviest, {shape}, is not tried above {SAFE:.0%}"
+        how = f"predicted from small batches; the heaviest, {shape}, is not tried above {100 * SAFE:.0f} %"
     if not found.tried:
-        about, how = "at least", f"weights, gradients and optimiser state; nothing is tried above {SAFE:.0%}"
+        about, how = "at least", f"weights, gradients and optimiser state; nothing is tried above {100 * SAFE:.0f} %"
     said = [
         f"Probe: {found.updates} updates{duration}; peak memory {about} {_size(found.peak_memory_bytes)} of "
         f"{_size(found.available_memory_bytes)} available ({how})."
@@ -205,13 +207,10 @@ class _Work:
     def of(cls, train: TokenColumns, validation: TokenColumns, settings: FitSettings) -> _Work:
         plan = fit_plan(settings, len(train), len(validation))
         rows = min(settings.loop.batch_size, len(train))
-        ladder = widths(train.lengths)
         shapes: dict[_Shape, tuple[int, list[int]]] = {}
         first: tuple[_Shape, list[int]] | None = None
-        for indices in _batches(train, settings, plan):
-            longest = int(train.lengths[indices].max()) - 1
-            width = next(each for each in ladder if each >= longest)
-            shape = _Shape(rows, width, _capacity(int(train.row_supervised[indices].sum())))
+        for width, learned, indices in _batches(train, settings, plan):
+            shape = _Shape(rows, width, _capacity(learned))
             shapes[shape] = (shapes[shape][0] + 1 if shape in shapes else 1, indices)
             first = first or (shape, indices)
         validated, heaviest = 0, None
@@ -244,11 +243,18 @@ class _Work:
         return replace(self, shapes=shapes, first=first, validation=shortened(self.validation))
 
 
-def _batches(train: TokenColumns, settings: FitSettings, plan: FitPlan) -> Iterator[list[int]]:
-    """The rows of every batch of the fit."""
-    for epoch in range(math.ceil(plan.batches / plan.batches_per_epoch)):
+def _batches(train: TokenColumns, settings: FitSettings, plan: FitPlan) -> Iterator[tuple[int, int, list[int]]]:
+    """The batches of the fit: width, learned tokens, rows. Of a very long fit those of the first epochs."""
+    ladder = np.array(widths(train.lengths))
+    left = min(plan.batches, max(MOST_BATCHES, plan.batches_per_epoch))
+    for epoch in range(math.ceil(left / plan.batches_per_epoch)):
         order = epoch_order(train, settings.loop.batch_size, settings.random_state, epoch)
-        yield from order[: plan.batches - epoch * plan.batches_per_epoch]
+        order = order[: left - epoch * plan.batches_per_epoch]
+        rows = np.concatenate(order)
+        starts = np.cumsum([0, *map(len, order[:-1])])
+        longest = np.maximum.reduceat(train.lengths[rows], starts) - 1
+        learned = np.add.reduceat(train.row_supervised[rows], starts)
+        yield from zip(ladder[np.searchsorted(ladder, longest)].tolist(), learned.tolist(), order, strict=True)
 
 
 def _weight(current: Batch) -> tuple[int, int]:
@@ -304,9 +310,9 @@ class _Footprint:
     def arrays(self, work: _Work) -> int:
         """MLX's peak from the first validation to the last update."""
         # Gradients added up stay from one batch to the next, and for a moment there are the new sum and its summand, too.
-        kept, added = (self.trained, 2 * self.trained) if work.accumulates else (0, 0)
-        step = max(self.batch(self.heaviest(work)), self.flat + added)
-        return self.weights + self.added + self.state + kept + int(max(step, self.validation.at(work.validation)))
+        kept = self.trained if work.accumulates else 0
+        step = max(self.batch(self.heaviest(work)), self.flat, 2 * kept, self.validation.at(work.validation))
+        return self.weights + self.added + self.state + kept + int(step)
 
     def proof(self, work: _Work) -> int:
         """The peak while the loss is proven on the first batch: over every position, then over gathered ones."""
@@ -503,18 +509,22 @@ class _Probing:
     def _sampled(self, model: nn.Module, least: _Footprint) -> tuple[_Footprint, LossPath]:
         """The footprint from small steps, and the loss's path that they took: ever wider ones, as far as they are safe."""
         model.eval()
-        path = proven_path(model, self._made_up(1, SHORTEST, SHORTEST // 2))
-        width, footprint = SHORTEST, least
+        halves = [max(shape.width for shape in self.work.shapes) / 2]  # the longer of the rows are then as wide as real ones
+        while halves[0] > NARROW:
+            halves.insert(0, halves[0] / GROWTH)
+        first, *wider = (math.ceil(each / STEP) * STEP for each in halves)
+        smallest = self._made_up(1, first, first // 2)
+        path = proven_path(model, smallest)
         trial = _Trial(model, self.settings, path)
-        trial.passes(self._made_up(1, width, width // 2))
+        trial.passes(smallest)
         trial.update()  # the optimiser's state is there from now on
-        while True:
+        footprint = self._sample(trial, least, first)
+        for width in wider:
+            longest = _Shape(1, 2 * width, 2 * width)
+            if footprint.needed(replace(self.work, shapes={longest: (1, [])}, first=(longest, []))) > SAFE * self.room:
+                break
             footprint = self._sample(trial, least, width)
-            width *= GROWTH
-            wider = _Shape(1, 2 * width, 2 * width)
-            enough = width * GROWTH > footprint.heaviest(self.work).width
-            if enough or footprint.needed(replace(self.work, shapes={wider: (1, [])}, first=(wider, []))) > SAFE * self.room:
-                return footprint, path
+        return footprint, path
 
     def _sample(self, trial: _Trial, least: _Footprint, width: int) -> _Footprint:
         """The footprint from steps on one and two rows of a width."""
@@ -578,7 +588,8 @@ class _Probing:
         narrow, _ = trial.updates(self._real(work.shapes[narrowest][1]))
         wide, update = trial.updates(self._real(work.shapes[heaviest][1]))
         fixed, token = _through((narrowest.tokens, narrow), (heaviest.tokens, wide))
-        seconds += sum(count * (fixed + token * shape.tokens) for shape, (count, _) in work.shapes.items())
+        batches = sum(count * (fixed + token * shape.tokens) for shape, (count, _) in work.shapes.items())
+        seconds += batches * plan.batches / sum(count for count, _ in work.shapes.values())
         seconds += plan.updates * update + work.validations * work.validated * validated
         peak = memory.peak_bytes()
         return Probe(
@@ -623,7 +634,7 @@ class _Probing:
         about, said = ("about", "Predicted to fit") if tried else ("at least", "What may fit")
         least: tuple[int, str] | None = None
         for changes, needed in self._candidates(footprint, model, tried):
-            if needed <= SAFE * self.room:
+            if needed <= ADVISED * self.room:
                 return f"{said}: {changes} ({about} {_size(needed)})."
             least = min(least, (needed, changes)) if least else (needed, changes)
         even = f" With {least[1]} it would still be {about} {_size(least[0])}." if least else ""
@@ -665,13 +676,11 @@ class _Probing:
         sets = (self.train, self.validation)
         lengths = np.concatenate([each.lengths for each in sets])
         replies = np.concatenate([each.lengths - each.prompt_lengths for each in sets])
-        for length in range((int(lengths.max()) - 1) // STEP * STEP, int(replies.max()) + STEP, -STEP):
-            shortened = int((lengths > length).sum())
+        # A row's last token is no input: a row of 65 is padded to 64.
+        for length in range((int(lengths.max()) - 2) // STEP * STEP + 1, int(replies.max()) + STEP, -STEP):
             changes = _text([*said, f"max_seq_length={length}"])
-            yield (
-                f"{changes}, which shortens {shortened} of {len(lengths)} rows",
-                footprint.needed(work.clipped(length)),
-            )
+            shortened = int((lengths > length).sum())
+            yield f"{changes}, which shortens {shortened} of {len(lengths)} rows", footprint.needed(work.clipped(length))
 
     def _fewer_layers(
         self, footprint: _Footprint, work: _Work, said: list[str], model: nn.Module | None
