@@ -18,11 +18,13 @@ WINDOW = 16  # batches whose rows are sorted by length together
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows side by side, padded to one width.
+    """Some rows in lines of one width: a row to a line, or, where `segments` is given, several one after another.
 
     indices: the rows' places in the token columns, at most `batch_size` of them.
-    inputs: int32 [batch_size, width]; zero where padded.
-    targets: int32 [batch_size, width]; the next token's label, -100 where it is not learned or padded.
+    placements: line and first column of each of these rows.
+    inputs: int32 [lines, width]; zero where padded.
+    targets: int32 [lines, width]; the next token's label, -100 where it is not learned or padded.
+    segments: int32 [lines, width]; 1, 2, … for the rows of a line, 0 where padded. None where every line is one row.
     positions: int32 [capacity]; the supervised targets' places in the flattened batch, filled up with 0.
     labels: int32 [capacity]; their labels, filled up with -100.
     """
@@ -32,6 +34,8 @@ class Batch:
     targets: NDArray[np.int32]
     positions: NDArray[np.int32]
     labels: NDArray[np.int32]
+    placements: tuple[tuple[int, int], ...]
+    segments: NDArray[np.int32] | None = None
 
     @property
     def supervised(self) -> int:
@@ -56,12 +60,23 @@ def batch(columns: TokenColumns, indices: Sequence[int], batch_size: int, ladder
         inputs[line, : len(ids) - 1] = ids[:-1]
         targets[line, : len(ids) - 1] = labels[1:]
     columns.release()
+    return of_lines(indices, inputs, targets, [(line, 0) for line in range(len(indices))])
+
+
+def of_lines(
+    indices: Sequence[int],
+    inputs: NDArray[np.int32],
+    targets: NDArray[np.int32],
+    placements: Sequence[tuple[int, int]],
+    segments: NDArray[np.int32] | None = None,
+) -> Batch:
+    """The batch of rows that are already laid out; the supervised targets are found here."""
     supervised = np.flatnonzero(targets != IGNORED)
     capacity = max(-(-len(supervised) // CAPACITY_STEP), 1) * CAPACITY_STEP
     positions, gathered = np.zeros(capacity, np.int32), np.full(capacity, IGNORED, np.int32)
     positions[: len(supervised)] = supervised
     gathered[: len(supervised)] = targets.reshape(-1)[supervised]
-    return Batch(tuple(int(index) for index in indices), inputs, targets, positions, gathered)
+    return Batch(tuple(int(index) for index in indices), inputs, targets, positions, gathered, tuple(placements), segments)
 
 
 def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch: int) -> list[list[int]]:

@@ -565,7 +565,9 @@ class _Probing:
         labels = inputs.reshape(-1)[:targets].copy()
         learned = np.full(rows * width, IGNORED, np.int32)
         learned[:targets] = labels
-        return Batch(tuple(range(rows)), inputs, learned.reshape(rows, width), np.arange(targets, dtype=np.int32), labels)
+        places = tuple((line, 0) for line in range(rows))
+        targeted = np.arange(targets, dtype=np.int32)
+        return Batch(tuple(range(rows)), inputs, learned.reshape(rows, width), targeted, labels, places)
 
     def _real(self, indices: list[int]) -> Batch:
         rows = min(self.settings.loop.batch_size, len(self.train))
