@@ -107,7 +107,10 @@ def test_a_run_killed_thirty_times_ends_with_the_bytes_of_one_that_never_was(
 def test_ctrl_c_finishes_the_step_saves_and_the_same_command_goes_on(job: tuple[Path, Path, Path], tmp_path: Path) -> None:
     data, model, whole = job
     out = tmp_path / "run"
-    process = subprocess.Popen(command(data, model, out), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(data, model, out), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's job in the background ignores it
+    )  # fmt: skip
     while process.poll() is None and not (out / "checkpoints").is_dir():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
