@@ -60,12 +60,12 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
     draw = random.Random(seed)
     with path.open("w", encoding="utf-8") as handle:
         for number in range(count):
-            columns = draw.sample(NOUNS, 6)
+            columns = draw.sample(NOUNS, 5)
             first, second, third = draw.sample(columns, 3)
             value, limit = f"{draw.choice(VALUES)} {draw.choice(VALUES)}", draw.randint(1, 99_999)
             asked = draw.choice(QUESTIONS).format(first, second, third, value, limit)
             question = f"Table {number}: {', '.join(columns)}\n{asked}"
-            query = f"SELECT {first} FROM table WHERE {second} = '{value}' AND {third} > {limit}"
+            query = f"SELECT {first}, {second} FROM table WHERE {second} = '{value}' AND {third} > {limit} ORDER BY {first}"
             handle.write(json.dumps({"question": question, "query": query}) + "\n")
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -93,12 +92,12 @@ class BatchEncoder:
     """Encodes many conversations as one `ChatEncoder` does; what it has proved holds for all it is given."""
 
     def __init__(self, encoder: ChatEncoder, learned: Learned) -> None:
-        """Find out whether a text's tokens depend on what stands before the control string before it."""
+        """An encoder of its own for each set of conversations: what one has proved or refused does not touch another."""
         self._encoder, self._learned = encoder, learned
         self._backend = encoder.tokenizer.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._apart = _pieces_are_apart(json.loads(self._backend.to_str()))
+        self._apart = encoder.pieces_are_apart
         self._plans: dict[tuple[str, ...], _Plan | None] = {}
         self._compared: dict[tuple[str, ...], int] = {}
         self._refused: set[tuple[str, ...]] = set()
@@ -297,15 +296,6 @@ def _starts(row: _Row, encoded: list[EncodedText], texts: list[str]) -> list[int
         starts += [position + start for start in own]
         position += len(texts[element]) if isinstance(element, int) else element.characters
     return starts
-
-
-def _pieces_are_apart(tokenizer: dict[str, Any]) -> bool:
-    """Whether a tokenizer reads the text between two control strings as if nothing else were there."""
-    plain = not tokenizer.get("normalizer")
-    for added in tokenizer["added_tokens"]:
-        if added["lstrip"] or added["rstrip"] or added["single_word"] or (added["normalized"] and not plain):
-            return False
-    return '"prepend_scheme": "first"' not in json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
 
 
 @functools.cache

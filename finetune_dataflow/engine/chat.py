@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from finetune_dataflow.engine.control_strings import Message, PlainText
+from finetune_dataflow.engine.control_strings import Message, PlainText, pieces_are_apart
 from finetune_dataflow.engine.many_rows import paused
 from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.engine.settings import Learned
@@ -51,13 +51,19 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
-@functools.lru_cache(maxsize=4)
 def load_encoder(tokenizer_directory: Path, template: str = "") -> ChatEncoder:
     """The encoder of the tokenizer in a model directory; one per directory, template and process: loading takes a second.
 
-    `template` is a Jinja chat template that takes the place of the tokenizer's own.
-    Raises UserError where the tokenizer cannot be read, or has no chat template and none is given.
+    It is loaded again where the directory's files have changed. `template` is a Jinja chat template that takes the place of
+    the tokenizer's own. Raises UserError where the tokenizer cannot be read, or has no chat template and none is given.
     """
+    files = [each for pattern in ("*.json", "*.jinja", "*.model", "*.txt") for each in tokenizer_directory.glob(pattern)]
+    states = tuple((each.name, each.stat().st_mtime_ns, each.stat().st_size) for each in sorted(files))
+    return _loaded_encoder(tokenizer_directory, template, states)
+
+
+@functools.lru_cache(maxsize=4)
+def _loaded_encoder(tokenizer_directory: Path, template: str, states: tuple[tuple[str, int, int], ...]) -> ChatEncoder:
     logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns that PyTorch is missing, which is meant
     from transformers import AutoTokenizer
 
@@ -102,6 +108,7 @@ class ChatEncoder:
         longest_first = sorted(self.control_ids, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         without_controls = json.loads(backend.to_str())
+        self.pieces_are_apart = pieces_are_apart(without_controls)
         without_controls["added_tokens"] = []
         without_controls["post_processor"] = None  # it may name added tokens; nothing is added to a plain text
         self._plain_tokenizer = Tokenizer.from_str(json.dumps(without_controls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -55,3 +56,12 @@ def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_with_strings(each, change) for each in value]
     return value
+
+
+def pieces_are_apart(tokenizer: dict[str, Any]) -> bool:
+    """Whether a tokenizer reads the text between two control strings as if nothing else were there."""
+    plain = not tokenizer.get("normalizer")
+    for added in tokenizer["added_tokens"]:
+        if added["lstrip"] or added["rstrip"] or added["single_word"] or (added["normalized"] and not plain):
+            return False
+    return '"prepend_scheme": "first"' not in json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
