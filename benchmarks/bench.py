@@ -217,7 +217,7 @@ class Bench:
         tables: dict[str, dict[str, float]] = {}
         with self.worker(OURS, "growth") as worker:
             while "done" not in (found := worker.answer()):
-                tables.setdefault(found["table"], {})[str(found["size"])] = round(found["seconds"], 3)
+                tables.setdefault(found["table"], {})[str(found["size"])] = round(found["seconds"], 4)
                 self.progress.say(f"{found['table'].replace('_', ' ')} {found['size']}: {found['seconds']:.2f} s")
         return {
             name: {"seconds": each, "exponent": round(exponent([*map(float, each)], [*each.values()]), 3)}
@@ -256,7 +256,7 @@ class Bench:
 
     def _begun(self, worker: Worker) -> dict[str, Any]:
         about = worker.answer()
-        self.progress.say(f"{worker.name} is ready ({about['blas'][:100]})")
+        self.progress.say(f"{worker.name} is ready ({about['blas']})")
         return about
 
     def _watched(self, workers: dict[str, Worker], name: str, command: str) -> dict[str, Any]:

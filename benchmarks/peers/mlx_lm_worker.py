@@ -119,7 +119,8 @@ def main() -> None:
     if chosen.same_blas:
         from finetune_dataflow.engine.cpu_runtime import load_fast_blas
 
-        blas = str(load_fast_blas())
+        report = load_fast_blas()
+        blas = f"{report.name} on {report.threads} threads"
     serve = partial(windows, blas=blas) if chosen.mode == "windows" else final_loss
     serve(answers, settings)
 

@@ -107,7 +107,7 @@ def windows(answers: Answers, settings: dict[str, Any]) -> None:
     rows, validation = columns(settings)
     held: dict[str, Any] = {}
     report = engine.cpu_runtime.load_fast_blas()
-    about = {"blas": str(report), "versions": versions("mlx", "mlx-lm")}
+    about = {"blas": f"{report.name} on {report.threads} threads", "versions": versions("mlx", "mlx-lm")}
     handlers = {
         "generate": lambda: generated(settings, held["fit"].model, validation),
         "rate": lambda: matrix_rate(settings, held["batch"]),
