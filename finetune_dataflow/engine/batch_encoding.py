@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from finetune_dataflow.engine.chat import ChatEncoder, Conversation, EncodedText, head
 from finetune_dataflow.engine.control_strings import PlainText
