@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 SHAPES = 6  # the most widths that one set of rows is padded to
 STEP = 8  # widths are multiples of this
@@ -25,6 +29,7 @@ class Batch:
     inputs: int32 [lines, width]; zero where padded.
     targets: int32 [lines, width]; the next token's label, -100 where it is not learned or padded.
     segments: int32 [lines, width]; 1, 2, … for the rows of a line, 0 where padded. None where every line is one row.
+    states: [lines, width, hidden], what the frozen layers give for the inputs, where that is known.
     positions: int32 [capacity]; the supervised targets' places in the flattened batch, filled up with 0.
     labels: int32 [capacity]; their labels, filled up with -100.
     """
@@ -36,6 +41,7 @@ class Batch:
     labels: NDArray[np.int32]
     placements: tuple[tuple[int, int], ...]
     segments: NDArray[np.int32] | None = None
+    states: mx.array | None = None
 
     @property
     def supervised(self) -> int:
@@ -77,6 +83,16 @@ def of_lines(
     positions[: len(supervised)] = supervised
     gathered[: len(supervised)] = targets.reshape(-1)[supervised]
     return Batch(tuple(int(index) for index in indices), inputs, targets, positions, gathered, tuple(placements), segments)
+
+
+def in_parts(whole: Batch, parts: int) -> list[Batch]:
+    """A batch of a row to a line as at most `parts` batches of about equally many lines, of the same width."""
+    cut = np.array_split(np.arange(len(whole.inputs)), min(parts, len(whole.inputs)))
+    spans = [(int(lines[0]), int(lines[-1]) + 1) for lines in cut]
+    return [
+        of_lines(whole.indices[start:end], whole.inputs[start:end], whole.targets[start:end], whole.placements[: end - start])
+        for start, end in spans
+    ]
 
 
 def epoch_order(columns: TokenColumns, batch_size: int, random_state: int, epoch: int) -> list[list[int]]:

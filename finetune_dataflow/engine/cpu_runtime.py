@@ -87,6 +87,16 @@ def blas_report() -> BlasReport | None:
     return _report
 
 
+def set_blas_threads(count: int) -> int | None:
+    """Let the BLAS use so many threads from now on, in the whole process; how many it used before, None where it is not ours."""
+    if _report is None or not _report.threads:
+        return None
+    blas = ctypes.CDLL(None)
+    before = int(blas.openblas_get_num_threads())
+    blas.openblas_set_num_threads(count)
+    return before
+
+
 def _load() -> BlasReport:
     switch = os.environ.get(_SWITCH, "")
     if switch.lower() == "off":
