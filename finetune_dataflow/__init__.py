@@ -83,6 +83,7 @@ NODES = {
     ),
     "fitting": (
         "used_inputs__base",
+        "frozen_states__base",
         "finished_fit__base",
         "run_directory__base",
         "adapter_path__base",

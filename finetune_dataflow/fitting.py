@@ -14,6 +14,7 @@ from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.engine.audit import LabelAudit
 from finetune_dataflow.engine.fit_plan import FitPlan
 from finetune_dataflow.engine.fit_settings import FitSettings
+from finetune_dataflow.engine.frozen_states import StateStore
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.tokens import TokenColumns
 
@@ -50,6 +51,22 @@ def used_inputs__base(
 
 @computed_anew
 @config.when(start="base")
+def frozen_states__base(base_model_fingerprint: str, frozen_states_gb: float = 10.0) -> StateStore:
+    """Where the outputs of the layers that are not trained are kept: a fit computes them once and starts behind them.
+
+    They are files in the user's cache directory, by what they depend on, so that later epochs, validations, resumed runs and
+    other fits over the same rows with the same frozen layers find them.
+
+    Inputs:
+        frozen_states_gb: The most gigabytes that these files may take, least recently used ones removed; 0 for none.
+
+    Raises UserError for a negative size.
+    """
+    return engine.frozen_states.store(base_model_fingerprint, frozen_states_gb)
+
+
+@computed_anew
+@config.when(start="base")
 def finished_fit__base(
     base_model_path: Path,
     train_tokens: TokenColumns,
@@ -60,6 +77,7 @@ def finished_fit__base(
     fit_plan: FitPlan,
     used_inputs: frozenset[str] | None,
     starting_weights: Path | None,
+    frozen_states: StateStore,
     base_model_fingerprint: str,
     chat_template: str,
     output_dir: str = "",
@@ -84,7 +102,7 @@ def finished_fit__base(
             summary = engine.training.fit(
                 base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes,
                 used_inputs,
-                start=starting_weights, score=score, plan=fit_plan,
+                start=starting_weights, score=score, plan=fit_plan, store=frozen_states,
             )  # fmt: skip
     return FinishedFit(directory, summary)
 

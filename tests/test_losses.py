@@ -8,9 +8,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from finetune_dataflow.engine import losses
-from finetune_dataflow.engine.batches import batch, widths
-from finetune_dataflow.engine.heads import output_head
-from finetune_dataflow.engine.losses import PLAIN, LossPath, losses_by_row, mean_loss, proven_path, token_losses
+from finetune_dataflow.engine.batches import Batch, batch, widths
+from finetune_dataflow.engine.losses import LossPath, losses_by_row, mean_loss, row_losses, token_losses
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.tokens import EncodedRow, TokenColumns, token_columns
 
@@ -38,8 +37,8 @@ def plain_losses(model: nn.Module, columns: TokenColumns, index: int) -> list[mx
     ]
 
 
-def path_of(kind: str, model: nn.Module) -> LossPath:
-    return PLAIN if kind == "plain" else LossPath(output_head(model), "gathered")
+def path_of(kind: str) -> LossPath:
+    return LossPath(gathered=kind == "gathered")
 
 
 @pytest.mark.parametrize("kind", ["plain", "gathered"])
@@ -49,7 +48,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_the_supervised_tokens_of_single_ro
     model = load_model(tiny_model)
     single = [loss.item() for index in range(5) for loss in plain_losses(model, columns, index)]
     made = batch(columns, [0, 1, 2, 3, 4], 8, widths(columns.lengths))
-    together = path_of(kind, model).mean_loss(model, made).item()
+    together = path_of(kind).mean_loss(model, made).item()
     assert len(single) == 28
     assert together == pytest.approx(np.mean(single), rel=1e-5)
 
@@ -66,7 +65,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_plain_loop_over_single_rows(
 
     made = batch(columns, [4, 1, 0, 3, 2], 8, widths(columns.lengths))
     _, expected = nn.value_and_grad(model, plain)(model)
-    _, found = nn.value_and_grad(model, path_of(kind, model).mean_loss)(model, made)
+    _, found = nn.value_and_grad(model, path_of(kind).mean_loss)(model, made)
     wanted, given = (dict(cast(list[tuple[str, mx.array]], tree_flatten(tree))) for tree in (expected, found))
     assert wanted.keys() == given.keys()
     for name, one in wanted.items():
@@ -93,39 +92,27 @@ def test_the_mean_loss_weighs_rows_by_their_tokens(tiny_model: Path, columns: To
     assert weighted != pytest.approx((by_row["loss"] / by_row["supervised_tokens"]).mean(), rel=1e-4)
 
 
-def test_the_gathered_path_is_taken_where_it_is_equal_and_leaves_the_model_as_it_was(
-    tiny_model: Path, columns: TokenColumns
+@pytest.mark.parametrize("usable", [True, False])
+def test_the_fast_row_losses_are_the_plain_ones(
+    usable: bool, tiny_model: Path, columns: TokenColumns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = load_model(tiny_model)
-    made = batch(columns, [0, 1, 2], 4, widths(columns.lengths))
-    head_class, tokens = type(model.model.embed_tokens), mx.array(made.inputs)
-    before = model(tokens)
-    path = proven_path(model, made)
-    assert path.head is not None and "proven equal" in path.reason
-    assert type(model.model.embed_tokens) is head_class and mx.array_equal(model(tokens), before)
+    expected = np.array(row_losses(model, batch(columns, range(5), 5, widths(columns.lengths))))
+    taken: list[Batch] = []
+    gathered = losses.gathered_row_losses
+
+    def noting(model: nn.Module, current: Batch) -> mx.array:
+        taken.append(current)
+        return gathered(model, current)
+
+    monkeypatch.setattr(losses, "gathered_row_losses", noting)
+    monkeypatch.setattr(losses, "usable", lambda: usable)
+    np.testing.assert_allclose(losses_by_row(tiny_model, None, columns, batch_size=3)["loss"], expected, rtol=1e-5)
+    assert len(taken) > 1
 
 
-def test_a_gathered_path_that_differs_is_not_taken(
-    tiny_model: Path, columns: TokenColumns, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """One wrong position in a batch is enough to be found out."""
-    made = batch(columns, [0, 1, 2], 4, widths(columns.lengths))
-    gathering = losses.gathering
-    monkeypatch.setattr(
-        losses, "gathering", lambda head, positions: gathering(head, mx.where(positions == positions[0], 0, positions))
-    )
-    path = proven_path(load_model(tiny_model), made)
-    assert path.head is None and "differs by" in path.reason and "on every position" in caplog.text
-
-
-def test_a_model_without_a_known_head_takes_the_plain_path(tiny_model: Path, columns: TokenColumns) -> None:
-    class Wrapped(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inside = load_model(tiny_model)
-
-        def __call__(self, tokens: mx.array) -> mx.array:
-            return self.inside(tokens)
-
-    path = proven_path(Wrapped(), batch(columns, [0], 1, widths(columns.lengths)))
-    assert path.head is None and "was not found" in path.reason
+def test_row_losses_that_differ_are_not_taken(tiny_model: Path, columns: TokenColumns, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = losses_by_row(tiny_model, None, columns)["loss"]
+    gathered = losses.gathered_row_losses
+    monkeypatch.setattr(losses, "gathered_row_losses", lambda model, batch: gathered(model, batch) * 1.01)
+    np.testing.assert_allclose(losses_by_row(tiny_model, None, columns)["loss"], expected, rtol=1e-5)

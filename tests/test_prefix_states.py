@@ -22,9 +22,9 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
+from finetune_dataflow.engine import exponentials
 from finetune_dataflow.engine import prefix_states as module
 from finetune_dataflow.engine.batches import Batch, batch, epoch_order, in_order, of_lines, widths
-from finetune_dataflow.engine.heads import output_head
 from finetune_dataflow.engine.losses import PLAIN, LossPath
 from finetune_dataflow.engine.methods import make_trainable
 from finetune_dataflow.engine.prefix_states import (
@@ -85,6 +85,13 @@ def tuned(directory: Path, **values: Any) -> nn.Module:
         model.load_weights([(name, 0.02 * mx.random.normal(each.shape)) for name, each in drawn.items()], strict=False)
     model.train()
     return model
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States computed by one thread with MLX's own exponentials: batches and bits are then the same on every machine."""
+    monkeypatch.setattr(module, "crew_size", lambda *_: 1)
+    monkeypatch.setattr(exponentials, "usable", lambda: False)
 
 
 def poison(*modules: nn.Module) -> None:
@@ -204,7 +211,7 @@ def test_one_frozen_layer_of_three_and_a_full_fit_of_the_others_are_equal(llama:
 
 
 def test_gathered_positions_and_stored_states_go_together(model: nn.Module, tmp_path: Path) -> None:
-    states, path = stored(model, tmp_path / "store"), LossPath(output_head(model), "")
+    states, path = stored(model, tmp_path / "store"), LossPath(gathered=True)
     for each in shuffled_batches():
         assert_equal(loss_and_gradient(model, each), loss_and_gradient(model, each, states.gather(each), path), 1e-5)
 
@@ -414,7 +421,7 @@ def test_a_budget_and_a_disk_that_are_too_small_are_told(tmp_path: Path, monkeyp
     folder = tmp_path / "not" / "there"
     assert fits(2_000_000_000, 14, folder, 2_000_000_000) is None
     assert fits(2_100_000_000, 14, folder, 1_500_000_000) == (
-        "the states of the 14 frozen layers would take 2.1 GB; prefix_states_gb allows 1.5"
+        "the states of the 14 frozen layers would take 2.1 GB; frozen_states_gb allows 1.5"
     )
     assert fits(2_100_000_000, 14, folder) == (
         f"the states of the 14 frozen layers would take 2.1 GB; the disk of {folder} has 3 GB free, "
@@ -426,7 +433,7 @@ def test_a_budget_and_a_disk_that_are_too_small_are_told(tmp_path: Path, monkeyp
 def test_a_store_that_does_not_fit_is_not_begun_but_one_that_is_there_is_used(
     model: nn.Module, tmp_path: Path, computed: list[tuple[int, ...]]
 ) -> None:
-    with pytest.raises(NoPrefix, match=r"would take 3\.17e-05 GB; prefix_states_gb allows 3\.17e-05"):
+    with pytest.raises(NoPrefix, match=r"would take 3\.17e-05 GB; frozen_states_gb allows 3\.17e-05"):
         stored(model, tmp_path / "store", budget_bytes=31743)
     assert computed == [(1, 8)]  # to find the hidden size
     stored(model, tmp_path / "store", budget_bytes=31744).close()

@@ -43,8 +43,8 @@ def test_every_row_is_trained_once_an_epoch(
     used: Counter[int] = Counter()
     accumulate = training._Fit._accumulate
 
-    def counting(fit: training._Fit, current: Batch) -> None:
-        used.update(train.rows[list(current.indices)].tolist())
+    def counting(fit: training._Fit, current: list[Batch]) -> None:
+        used.update(train.rows[[index for part in current for index in part.indices]].tolist())
         accumulate(fit, current)
 
     monkeypatch.setattr(training._Fit, "_accumulate", counting)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from finetune_dataflow.engine.batches import Batch, batch
-from finetune_dataflow.engine.losses import PLAIN, losses_by_row, proven_path, row_losses, token_losses
+from finetune_dataflow.engine.losses import PLAIN, losses_by_row, row_losses, token_losses
 from finetune_dataflow.engine.models import load_model
+from finetune_dataflow.engine.proof import Sample, proven_path
 from finetune_dataflow.engine.tokens import EncodedRow, TokenColumns, token_columns
 from tests.recorded_losses import RECORDING, digest, draw_weights, write_model
 
@@ -103,8 +104,8 @@ def test_the_losses_by_row_are_those_of_transformers(recorded: Recorded, columns
 
 
 def test_the_loss_that_the_fit_descends_is_that_of_transformers(recorded: Recorded, columns: TokenColumns) -> None:
-    path = proven_path(recorded.model, together(columns))
-    assert path.head is not None or recorded.name in HEADLESS
+    path = proven_path(recorded.model, [Sample(together(columns))])
+    assert path.gathered or recorded.name in HEADLESS
     for index in ROWS:
         mean = recorded.losses[index] / RECORDED["supervised_tokens"][index]
         assert path.mean_loss(recorded.model, alone(columns, index)).item() == pytest.approx(mean, rel=1e-5), f"row {index + 1}"

@@ -41,6 +41,7 @@ CHANGES: dict[str, Any] = {
     "few_shot_count": None,
     "few_shot_file": "{place}/shots.json",
     "fine_tune_type": "dora",
+    "frozen_states_gb": 0.0,
     "generation_batch_size": 2,
     "grad_accumulation_steps": 2,
     "grad_checkpoint": True,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,20 +15,25 @@ import pandas as pd
 from mlx.utils import tree_flatten
 
 from finetune_dataflow.engine.batches import Batch, in_order
+from finetune_dataflow.engine.crew import Crew, crew_size
+from finetune_dataflow.engine.exponentials import as_powers, cross_entropy, usable
 from finetune_dataflow.engine.heads import gathering, output_head
 from finetune_dataflow.engine.models import load_model
+from finetune_dataflow.engine.packing import forward
+from finetune_dataflow.engine.prefix_states import PrefixStates, starting_after
 from finetune_dataflow.engine.progress import progress
 from finetune_dataflow.engine.tokens import IGNORED, TokenColumns
 from finetune_dataflow.errors import UserError
 
-logger = logging.getLogger(__name__)
-
 
 def token_losses(model: nn.Module, inputs: mx.array, targets: mx.array) -> mx.array:
     """The loss of every target, float32 [rows, width]; zero where the target is -100, so padding never counts."""
+    return _losses(model(inputs).astype(mx.float32), targets)
+
+
+def _losses(logits: mx.array, targets: mx.array) -> mx.array:
     learned = targets != IGNORED
-    losses = nn.losses.cross_entropy(model(inputs).astype(mx.float32), mx.where(learned, targets, 0))
-    return losses * learned
+    return nn.losses.cross_entropy(logits, mx.where(learned, targets, 0)) * learned
 
 
 def row_losses(model: nn.Module, batch: Batch) -> mx.array:
@@ -36,73 +41,101 @@ def row_losses(model: nn.Module, batch: Batch) -> mx.array:
     return token_losses(model, mx.array(batch.inputs), mx.array(batch.targets)).sum(axis=1)
 
 
+def gathered_row_losses(model: nn.Module, batch: Batch) -> mx.array:
+    """As `row_losses`, with the output head on supervised positions only. Raises ValueError where the head is not known."""
+    head = output_head(model)
+    if head is None:
+        raise ValueError("this model's output head was not found")
+    with gathering(head, mx.array(batch.positions)):
+        logits = model(mx.array(batch.inputs))[0].astype(mx.float32)
+    labels = mx.array(batch.labels)
+    learned = labels != IGNORED
+    losses = cross_entropy(logits, mx.where(learned, labels, 0)) * learned
+    lines, width = batch.inputs.shape
+    return mx.zeros(lines).at[mx.array(batch.positions) // width].add(losses)
+
+
+def _proven_row_losses(model: nn.Module, batch: Batch) -> tuple[Callable[[nn.Module, Batch], mx.array], bool]:
+    """How row losses are computed on this model, and whether with exponentials as powers of two: fast where that is equal.
+
+    Equal means within 1e-4 of the plain losses of the batch, 2e-2 in half precision.
+    """
+    plain = np.array(row_losses(model, batch))
+    tolerance = 1e-4 if model_dtype(model) == mx.float32 else 2e-2
+    try:
+        with as_powers(usable()):
+            fast = np.array(gathered_row_losses(model, batch))
+    except (ValueError, IndexError, TypeError, RuntimeError):
+        return row_losses, False
+    equal = np.allclose(fast, plain, rtol=tolerance, atol=tolerance)
+    return (gathered_row_losses, usable()) if equal else (row_losses, False)
+
+
+def model_dtype(model: nn.Module) -> mx.Dtype:
+    """The type that a model computes in: that of its last floating parameter."""
+    leaves = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
+    return next((each.dtype for _, each in reversed(leaves) if mx.issubdtype(each.dtype, mx.floating)), mx.float32)
+
+
 @dataclass(frozen=True)
 class LossPath:
-    """How the mean loss of a batch is computed: over gathered positions where `head` is given, else over all.
+    """How the mean loss of a batch is computed.
 
-    `reason` says why, for the log and the run's record.
+    gathered: the output head runs on supervised positions only. exponentials: they are computed as powers of two
+    (`engine.exponentials`). prefix: the first so many layers are not computed where a batch brings their states. packing:
+    several rows may share a line. The plain path does none of these. `reason` says why, for the log and the run's record.
     """
 
-    head: tuple[nn.Module, str] | None
-    reason: str
-
-    @classmethod
-    def again(cls, model: nn.Module, gathered: bool, reason: str) -> LossPath:
-        """The path that a fit took before it was interrupted: it must not change on the way."""
-        return cls(output_head(model) if gathered else None, reason)
+    gathered: bool = False
+    exponentials: bool = False
+    prefix: int = 0
+    packing: bool = False
+    reason: str = ""
 
     def mean_loss(self, model: nn.Module, batch: Batch) -> mx.array:
         """The mean loss over the supervised targets of a batch, in nats: what the fit descends."""
         inputs = mx.array(batch.inputs)
-        if self.head is None:
-            return token_losses(model, inputs, mx.array(batch.targets)).sum() / batch.supervised
+        segments = None if batch.segments is None else mx.array(batch.segments)
+        with ExitStack() as exchanged:
+            if self.prefix and batch.states is not None:
+                exchanged.enter_context(starting_after(model, self.prefix, batch.states))
+            if not self.gathered:
+                logits = forward(model, inputs, segments).astype(mx.float32)
+                return _losses(logits, mx.array(batch.targets)).sum() / batch.supervised
+            head = output_head(model)
+            assert head is not None
+            exchanged.enter_context(gathering(head, mx.array(batch.positions)))
+            logits = forward(model, inputs, segments)[0].astype(mx.float32)
         labels = mx.array(batch.labels)
         learned = labels != IGNORED
-        with gathering(self.head, mx.array(batch.positions)):
-            logits = model(inputs)[0].astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, mx.where(learned, labels, 0))
+        losses = cross_entropy(logits, mx.where(learned, labels, 0))
         return (losses * learned).sum() / batch.supervised
 
 
-PLAIN = LossPath(None, "the plain path")
+PLAIN = LossPath(reason="the plain path")
 
 
-def proven_path(model: nn.Module, batch: Batch) -> LossPath:
-    """The path over gathered positions where its loss and gradient on `batch` equal the plain path's, else the plain one.
-
-    Equal means within 1e-4 of the loss and of the gradient's norm in float32, 2e-2 in half precision.
-    """
-    head = output_head(model)
-    if head is None:
-        return _plain_because("this model's output head was not found")
-    gathered = LossPath(head, "the output head runs on supervised positions only, proven equal on the first batch")
-    tolerance = 1e-4 if all(each.dtype == mx.float32 for each in _floating(model.trainable_parameters())) else 2e-2
-    plain_loss, plain_gradient = nn.value_and_grad(model, PLAIN.mean_loss)(model, batch)
-    mx.eval(plain_loss, plain_gradient)
-    try:
-        loss, gradient = nn.value_and_grad(model, gathered.mean_loss)(model, batch)
-        mx.eval(loss, gradient)
-    except (ValueError, IndexError, TypeError) as error:
-        return _plain_because(f"this model does not take gathered positions ({error})")
-    difference = abs(float(loss) - float(plain_loss))
-    if not difference <= tolerance * abs(float(plain_loss)):
-        return _plain_because(f"the loss over gathered positions differs by {difference:.2g}")
-    apart = _norm([one - other for one, other in zip(_floating(gradient), _floating(plain_gradient), strict=True)])
-    size = _norm(_floating(plain_gradient))
-    if not apart <= tolerance * size:
-        return _plain_because(f"the gradient over gathered positions differs by {apart / size:.2g} of its norm")
-    return gathered
-
-
-def mean_loss(model: nn.Module, columns: TokenColumns, batch_size: int, path: LossPath = PLAIN) -> float:
+def mean_loss(
+    model: nn.Module, columns: TokenColumns, batch_size: int, path: LossPath = PLAIN, states: PrefixStates | None = None
+) -> float:
     """The token-weighted mean loss over all rows, in nats per supervised token."""
-    was_training = model.training
-    model.eval()
+    with Crew(model, crew_size(model, 1 if path == PLAIN else batch_size)) as crew, as_powers(path.exponentials):
+        return crew_loss(crew, columns, batch_size, path, states)
+
+
+def crew_loss(crew: Crew, columns: TokenColumns, batch_size: int, path: LossPath, states: PrefixStates | None = None) -> float:
+    """As `mean_loss`, by a crew that is there already, and with exponentials as they are."""
+    was_training = crew.model.training
+    crew.train(False)
+
+    def weighted(model: nn.Module, current: Batch) -> tuple[float, int]:
+        return float(path.mean_loss(model, current)) * current.supervised, current.supervised
+
+    every = (each if states is None else states.given(each) for each in in_order(columns, max(1, batch_size // crew.size)))
     total, supervised = 0.0, 0
-    for batch in in_order(columns, batch_size):
-        total += float(path.mean_loss(model, batch)) * batch.supervised
-        supervised += batch.supervised
-    model.train(was_training)
+    for loss, learned in crew.map(weighted, every):
+        total, supervised = total + loss, supervised + learned
+    crew.train(was_training)
     return total / supervised
 
 
@@ -113,25 +146,16 @@ def losses_by_row(base_model_path: Path, adapter_path: Path | None, columns: Tok
     """
     model = load_model(base_model_path, adapter_path)
     losses = np.zeros(len(columns))
-    for batch in progress(list(in_order(columns, batch_size)), "tuned loss" if adapter_path else "base loss"):
-        losses[list(batch.indices)] = np.array(row_losses(model, batch))[: len(batch.indices)]
+    function, exponentials = _proven_row_losses(model, next(in_order(columns.take(range(min(4, len(columns)))), batch_size)))
+    description = "tuned loss" if adapter_path else "base loss"
+    with Crew(model, crew_size(model, batch_size)) as crew, as_powers(exponentials):
+        batches = list(in_order(columns, max(1, batch_size // crew.size)))
+        found = crew.map(lambda view, current: (current, np.array(function(view, current))), batches)
+        for (current, of_rows), _ in zip(found, progress(batches, description), strict=True):
+            losses[list(current.indices)] = of_rows[: len(current.indices)]
     if not np.isfinite(losses).all():
         rows = ", ".join(map(str, columns.rows[~np.isfinite(losses)][:10]))
         who = f"model with the adapter in {adapter_path}" if adapter_path else f"model in {base_model_path}"
         raise UserError(f"The {who} has a loss that is not finite on rows {rows}. Its weights are damaged, or too large.")
     supervised = [int((columns.row_labels(index)[1:] != IGNORED).sum()) for index in range(len(columns))]
     return pd.DataFrame({"row": columns.rows, "loss": losses, "supervised_tokens": supervised})
-
-
-def _plain_because(reason: str) -> LossPath:
-    logger.warning("The fit computes the output head on every position: %s. It is slower, and exact.", reason)
-    return LossPath(None, reason)
-
-
-def _floating(tree: dict[str, Any]) -> list[mx.array]:
-    leaves = cast(list[tuple[str, mx.array]], tree_flatten(tree))
-    return [each for _, each in leaves if mx.issubdtype(each.dtype, mx.floating)]
-
-
-def _norm(arrays: list[mx.array]) -> float:
-    return math.sqrt(sum(float(np.square(np.array(each.astype(mx.float32))).sum()) for each in arrays))

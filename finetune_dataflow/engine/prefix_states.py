@@ -12,6 +12,7 @@ long, and `states.json`, which says what they are. It is made under another name
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -22,7 +23,7 @@ import shutil
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, cast
@@ -33,7 +34,10 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from finetune_dataflow.engine import exponentials
 from finetune_dataflow.engine.batches import Batch, in_order
+from finetune_dataflow.engine.crew import Crew, crew_size
+from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.files import flush_tree
 from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.engine.settings import differences
@@ -103,7 +107,7 @@ def fits(needed: int, layers: int, folder: Path, budget_bytes: float = math.inf)
     """
     take = f"the states of the {layers} frozen layers would take {_gigabytes(needed)} GB"
     if needed > budget_bytes:
-        return f"{take}; prefix_states_gb allows {_gigabytes(budget_bytes)}"
+        return f"{take}; frozen_states_gb allows {_gigabytes(budget_bytes)}"
     existing = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())
     free = shutil.disk_usage(existing).free
     if needed + SPARE_BYTES > free:
@@ -139,7 +143,13 @@ class PrefixStates:
             offset, count = self.offsets[index], self.counts[index]
             gathered[line, column : column + count] = all_states[offset : offset + count]
         self.map.madvise(mmap.MADV_DONTNEED)
-        return mx.array(gathered).view(self.dtype)
+        states = mx.array(gathered).view(self.dtype)
+        mx.eval(states)
+        return states
+
+    def given(self, batch: Batch) -> Batch:
+        """The batch with its states."""
+        return replace(batch, states=self.gather(batch))
 
     def close(self) -> None:
         """Let go of the file; `prune` may remove it then."""
@@ -362,15 +372,46 @@ def _compute(
 def _write_states(path: Path, model: nn.Module, columns: TokenColumns, layers: int, batch_size: int) -> None:
     """Write every row's states at its place."""
     offsets, counts = _offsets(columns), _counts(columns)
-    bar = Bar(math.ceil(len(columns) / min(batch_size, len(columns))), "frozen layers")
-    with path.open("wb") as file:
-        for batch in in_order(columns, batch_size):
-            states = _numpy(_outputs(model, layers, mx.array(batch.inputs)))
+    with (
+        path.open("wb") as file,
+        Crew(model, crew_size(model, batch_size)) as crew,
+        as_powers(exponentials.usable()),
+        _evaluating(model),
+    ):
+        crew.train(False)
+        together = max(1, min(batch_size, len(columns)) // crew.size)
+        bar = Bar(math.ceil(len(columns) / together), "frozen layers")
+
+        def computed(view: nn.Module, batch: Batch) -> tuple[Batch, NDArray[Any]]:
+            return batch, _numpy(_last_output(view, layers, mx.array(batch.inputs)))
+
+        for batch, states in crew.map(computed, in_order(columns, together)):
             for index, (line, column) in zip(batch.indices, batch.placements, strict=True):
                 file.seek(int(offsets[index]) * states[0, 0].nbytes)
                 file.write(states[line, column : column + counts[index]].tobytes())
             bar.advance()
     bar.close()
+
+
+class _Reached(Exception):
+    """The last frozen layer has given its output; nothing after it is called."""
+
+
+def _last_output(model: nn.Module, layers: int, inputs: mx.array) -> mx.array:
+    """As `_outputs`, of a model that is known to be fit for it; later layers are not called."""
+    found: list[mx.array] = []
+
+    def reaching(forward: Call) -> Call:
+        def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            found.append(forward(layer, *args, **kwargs))
+            raise _Reached
+
+        return call
+
+    last = _layers(model)[layers - 1]
+    with _exchanged([last], [reaching(type(last).__call__)]), contextlib.suppress(_Reached):
+        model(inputs)
+    return found[0]
 
 
 def _numpy(states: mx.array) -> NDArray[Any]:

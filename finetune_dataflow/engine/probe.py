@@ -24,13 +24,16 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from finetune_dataflow.engine import memory
-from finetune_dataflow.engine.batches import CAPACITY_STEP, STEP, Batch, batch, epoch_order, in_order, widths
+from finetune_dataflow.engine.batches import CAPACITY_STEP, STEP, Batch, batch, epoch_order, in_order, in_parts, widths
+from finetune_dataflow.engine.crew import Crew, crew_size, weighted_sum
+from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.fit_plan import FitPlan, chosen_rows, fit_plan
 from finetune_dataflow.engine.fit_settings import FitSettings, LoopSettings
-from finetune_dataflow.engine.losses import PLAIN, LossPath, proven_path
+from finetune_dataflow.engine.losses import PLAIN, LossPath
 from finetune_dataflow.engine.methods import make_trainable, trainable
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.optimizers import clipped, fit_optimizer, global_norm
+from finetune_dataflow.engine.proof import Sample, proven_path
 from finetune_dataflow.engine.randomness import seeded
 from finetune_dataflow.engine.recompute import recomputing
 from finetune_dataflow.engine.starting_weights import start_from
@@ -398,16 +401,26 @@ class _Trial:
         """Seconds of a validation's batch."""
         started = time.perf_counter()
         self.model.eval()
-        float(self.path.mean_loss(self.model, current))
+        with as_powers(self.path.exponentials):
+            float(self.path.mean_loss(self.model, current))
         self.model.train()
         return time.perf_counter() - started
 
     def accumulate(self, current: Batch) -> float:
-        """Seconds of a batch: loss and gradient, added to those before."""
-        started = time.perf_counter()
-        with seeded(self.settings.random_state):
-            loss, gradient = self.loss_and_gradient(self.model, current)
+        """Seconds of a batch: loss and gradient, added to those before; by as many threads as the fit has."""
+
+        def computed(model: nn.Module, part: Batch) -> dict[str, Any]:
+            loss, gradient = nn.value_and_grad(model, self.path.mean_loss)(model, part)
             mx.eval(loss, gradient)
+            return gradient
+
+        with Crew(self.model, crew_size(self.model, len(current.inputs))) as crew, as_powers(self.path.exponentials):
+            started = time.perf_counter()
+            parts = in_parts(current, crew.size) if crew.size > 1 else [current]
+            with seeded(self.settings.random_state):
+                gradients = crew.each(computed, parts)
+            weights = [part.supervised / current.supervised for part in parts]
+            gradient = weighted_sum(weights, gradients) if len(parts) > 1 else gradients[0]
         if self.accumulation > 1:
             weighted = tree_map(lambda each: each * current.supervised, gradient)
             gradient = tree_map(mx.add, self.accumulated, weighted) if self.accumulated else weighted
@@ -441,7 +454,7 @@ class _Trial:
         stays = mx.get_active_memory()
         self.model.train()
         memory.reset_peak()
-        with seeded(self.settings.random_state):
+        with seeded(self.settings.random_state), as_powers(self.path.exponentials):
             loss, gradient = self.loss_and_gradient(self.model, current)
             mx.eval(loss)
             forward = mx.get_peak_memory() - stays
@@ -514,7 +527,7 @@ class _Probing:
             halves.insert(0, halves[0] / GROWTH)
         first, *wider = (math.ceil(each / STEP) * STEP for each in halves)
         smallest = self._made_up(1, first, first // 2)
-        path = proven_path(model, smallest)
+        path = proven_path(model, [Sample(smallest)])
         trial = _Trial(model, self.settings, path)
         trial.passes(smallest)
         trial.update()  # the optimiser's state is there from now on
@@ -544,7 +557,7 @@ class _Probing:
             flat = flat or mx.get_peak_memory() - stays
         line = _line(forward, one, two, longer, learned)
         head = 0.0
-        if trial.path.head is not None:
+        if trial.path.gathered:
             plain = _Trial(trial.model, self.settings, PLAIN)
             everywhere, _ = plain.passes(self._made_up(two.rows, two.width, two.targets))
             head = max(everywhere - line.at(replace(two, targets=0)), 0) / two.tokens
@@ -580,8 +593,8 @@ class _Probing:
         model.eval()
         memory.reset_peak()
         started = time.perf_counter()
-        if path.head is not None:
-            path = proven_path(model, self._real(work.first[1]))
+        if path.gathered:
+            path = proven_path(model, [Sample(self._real(work.first[1]))])
         seconds += time.perf_counter() - started
         proof = memory.peak_bytes()
         trial = _Trial(model, self.settings, path)

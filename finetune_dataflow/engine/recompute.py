@@ -87,7 +87,8 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 def _repeatable(arguments: Any) -> bool:
     """Whether a second call with these arguments finds them as the first did: arrays and plain values, no cache."""
     leaves = cast(list[tuple[str, Any]], tree_flatten(arguments))
-    return all(leaf is None or isinstance(leaf, mx.array | str | int | float) for _, leaf in leaves)
+    plain = mx.array | str | int | float | None
+    return all(isinstance(leaf, plain) or getattr(leaf, "stateless", False) for _, leaf in leaves)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,17 +24,24 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from finetune_dataflow.engine import adapters, memory
 from finetune_dataflow.engine.arrays import is_whole
-from finetune_dataflow.engine.batches import Batch, batch, epoch_order, widths
+from finetune_dataflow.engine.batch_layout import batch_layout, shared_out
+from finetune_dataflow.engine.batches import Batch, batch, epoch_order
 from finetune_dataflow.engine.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
+from finetune_dataflow.engine.crew import Crew, crew_size, weighted_sum
 from finetune_dataflow.engine.event_log import EventLog
+from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.fit_plan import FitPlan, chosen_rows, fit_plan
 from finetune_dataflow.engine.fit_settings import FitSettings
+from finetune_dataflow.engine.frozen_states import StateStore
 from finetune_dataflow.engine.interrupts import Interrupts, Stopped, held_back
-from finetune_dataflow.engine.losses import LossPath, mean_loss, proven_path
+from finetune_dataflow.engine.losses import LossPath, crew_loss
 from finetune_dataflow.engine.methods import adapter_config, make_trainable, trainable
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.optimizers import clipped, fit_optimizer, global_norm
+from finetune_dataflow.engine.packing import packed
+from finetune_dataflow.engine.prefix_states import PrefixStates
 from finetune_dataflow.engine.progress import Bar
+from finetune_dataflow.engine.proof import Sample, proven_path
 from finetune_dataflow.engine.randomness import seeded
 from finetune_dataflow.engine.recompute import recomputing
 from finetune_dataflow.engine.schedules import rate_of_update
@@ -46,6 +53,8 @@ from finetune_dataflow.errors import UserError
 logger = logging.getLogger(__name__)
 
 HISTORY, CHECKPOINTS, BEST, LAST = "metrics.jsonl", "checkpoints", "adapters", "adapters-last"
+PROVEN_ROWS = 4  # of a batch; the plain path takes a word's score at every position, which is much memory
+PACKING_LOOKED_AT = 200  # batches, to see whether rows are ever to share a line
 SECONDS_BETWEEN_SAVES = 60.0  # where save_every is not given
 MOST_OF_TIME_SAVING = 0.05  # of the fit's time, then
 
@@ -101,7 +110,8 @@ class _State:
     validations_since_best: int = 0
     stopped_early: bool = False
     shapes: list[list[int]] = field(default_factory=list)
-    gathered: bool = False
+    path: dict[str, Any] = field(default_factory=dict)
+    crew: int = 1
     loss_path: str = ""
     history_bytes: int = 0
 
@@ -118,10 +128,12 @@ def fit(
     start: Path | None = None,
     score: Callable[[nn.Module], float] | None = None,
     plan: FitPlan | None = None,
+    store: StateStore | None = None,
 ) -> FitSummary:
     """Fit an adapter, or go on with a fit that was interrupted, and keep the best in `<run_directory>/adapters`.
 
     start: weights to start from. score: what the best adapter has most of; without it, the least validation loss.
+    store: where the states of frozen layers are kept; without it they are computed in every epoch.
     Validation runs before the first update, every steps_per_eval updates and at the end; it draws no random numbers.
     `metrics.jsonl` is written as the fit goes. Raises UserError on a loss or gradient that is not finite, with the row
     numbers; the best adapter so far stays as it is. Raises Stopped on Ctrl-C, after the batch is finished and saved.
@@ -138,16 +150,19 @@ def fit(
     for directory in (run_directory / BEST, run_directory / LAST):
         adapters.save_config(directory, config)
         adapters.save_used_inputs(directory, used_inputs)
-    with EventLog(run_directory / HISTORY) as history, recomputing(model) if settings.loop.grad_checkpoint else nullcontext():
-        running = _Fit(model, train, validation, settings, plan, run_directory, history, score)
-        with held_back() as interrupts:
-            summary = running.run(interrupts)
-            adapters.save_weights(model, run_directory / LAST)
-            history.write(event="end", **asdict(summary))
-            if plan.save_every is None:  # nobody asked for them: they were there to go on from
-                shutil.rmtree(run_directory / CHECKPOINTS, ignore_errors=True)
-            if interrupts.requested:
-                raise Stopped(f"The fit in {run_directory} is finished. The same command evaluates its adapter.")
+    with (
+        EventLog(run_directory / HISTORY) as history,
+        recomputing(model) if settings.loop.grad_checkpoint else nullcontext(),
+        _Fit(model, train, validation, settings, plan, run_directory, history, score, store) as running,
+        held_back() as interrupts,
+    ):
+        summary = running.run(interrupts)
+        adapters.save_weights(model, run_directory / LAST)
+        history.write(event="end", **asdict(summary))
+        if plan.save_every is None:  # nobody asked for them: they were there to go on from
+            shutil.rmtree(run_directory / CHECKPOINTS, ignore_errors=True)
+        if interrupts.requested:
+            raise Stopped(f"The fit in {run_directory} is finished. The same command evaluates its adapter.")
     return summary
 
 
@@ -164,6 +179,7 @@ class _Fit:
         directory: Path,
         history: EventLog,
         score: Callable[[nn.Module], float] | None,
+        store: StateStore | None = None,
     ) -> None:
         self.model, self.settings, self.directory, self.history, self.score = model, settings, directory, history, score
         self.train, self.plan = train, plan
@@ -175,10 +191,25 @@ class _Fit:
         self.optimizer = fit_optimizer(settings.optimizer)
         self.batch_size = min(settings.loop.batch_size, len(train))  # lines of a batch; more would only pad
         self.state, self.accumulated = _State(), cast(dict[str, Any], {})
-        model.eval()  # dropout would make the two paths of the loss differ
-        self._resume()
-        self.loss_and_gradient = nn.value_and_grad(model, self.path.mean_loss)
+        self.opened: list[PrefixStates] = []
+        model.eval()  # dropout would make two paths of the loss differ
+        self._resume(store)
+        self.crew = Crew(model, self.state.crew)
+        self.loss_and_gradient = {id(each): nn.value_and_grad(each, self.path.mean_loss) for each in self.crew.views}
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
+
+    def __enter__(self) -> _Fit:
+        """The fit itself, with exponentials as its path wants them."""
+        self.exponentials = as_powers(self.path.exponentials)
+        self.exponentials.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the crew's threads, and let go of files."""
+        self.exponentials.__exit__(None, None, None)
+        self.crew.close()
+        for each in self.opened:
+            each.close()
 
     def run(self, interrupts: Interrupts) -> FitSummary:
         """Every batch that is left, to the end of the fit."""
@@ -187,7 +218,7 @@ class _Fit:
         if state.first_validation_loss == math.inf:
             state.first_validation_loss = self._validate()
         bar = Bar(plan.updates, "fit", done=state.updates)
-        self.model.train()
+        self.crew.train(True)
         for current in self._batches() if not state.stopped_early else ():
             started = time.perf_counter()
             self._accumulate(current)
@@ -206,24 +237,29 @@ class _Fit:
         bar.close()
         return self._summary()
 
-    def _batches(self) -> Iterator[Batch]:
-        settings, ladder = self.settings, widths(self.train.lengths)
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The batches that are left, each in the parts that the crew computes at the same time."""
+        settings = self.settings
         order: list[list[int]] = []
         for number in range(self.state.batches, self.plan.batches):
             epoch, place = divmod(number, self.plan.batches_per_epoch)
             if place == 0 or not order:
                 order = epoch_order(self.train, settings.loop.batch_size, settings.random_state, epoch)
-            yield batch(self.train, order[place], self.batch_size, ladder)
+            yield self._parts(order[place])
 
-    def _accumulate(self, current: Batch) -> None:
+    def _parts(self, rows: list[int]) -> list[Batch]:
+        lines = math.ceil(self.batch_size / self.state.crew)
+        parts = (self.layout.made(self.train, each, lines) for each in shared_out(self.train, rows, self.state.crew))
+        return [each if self.train_states is None else self.train_states.given(each) for each in parts]
+
+    def _accumulate(self, current: list[Batch]) -> None:
         """Add a batch's gradient, weighted by its supervised tokens, to what the next update descends."""
-        state, supervised = self.state, current.supervised
-        rows = [int(self.train.rows[index]) for index in current.indices]
+        state, supervised = self.state, sum(part.supervised for part in current)
+        indices = [index for part in current for index in part.indices]
+        rows = [int(self.train.rows[index]) for index in indices]
         # Seeded by the batch's number, so that dropout does not depend on what was drawn before.
         with seeded(self.settings.random_state * 1_000_003 + state.batches):
-            loss, gradient = self.loss_and_gradient(self.model, current)
-            mx.eval(loss, gradient)
-        value = loss.item()
+            value, gradient = self._loss_and_gradient(current)
         if not math.isfinite(value):
             self._refuse("loss", value, rows)
         if self.plan.accumulation > 1:
@@ -237,11 +273,28 @@ class _Fit:
         state.window_rows += rows
         state.window_loss += value * supervised
         state.window_supervised += supervised
-        state.trained_tokens += int(self.train.lengths[list(current.indices)].sum())
+        state.trained_tokens += int(self.train.lengths[indices].sum())
         state.supervised_tokens += supervised
         state.batches += 1
-        if [*current.inputs.shape] not in state.shapes:
-            state.shapes.append([*current.inputs.shape])
+        for part in current:
+            if [*part.inputs.shape] not in state.shapes:
+                state.shapes.append([*part.inputs.shape])
+
+    def _loss_and_gradient(self, parts: list[Batch]) -> tuple[float, dict[str, Any]]:
+        """The mean loss over the supervised tokens of all parts, and its gradient."""
+
+        def computed(model: nn.Module, part: Batch) -> tuple[float, dict[str, Any]]:
+            loss, gradient = self.loss_and_gradient[id(model)](model, part)
+            mx.eval(loss, gradient)
+            return loss.item(), gradient
+
+        found = self.crew.each(computed, parts)
+        if len(found) == 1:
+            return found[0]
+        supervised = [part.supervised for part in parts]
+        weights = [each / sum(supervised) for each in supervised]
+        loss = sum(weight * loss for weight, (loss, _) in zip(weights, found, strict=True))
+        return loss, weighted_sum(weights, [gradient for _, gradient in found])
 
     def _update(self) -> None:
         """One update by the gradients added up since the last."""
@@ -257,6 +310,7 @@ class _Fit:
             self.model, clipped(gradient, norm, self.settings.optimizer.max_grad_norm), self.rate(state.updates)
         )
         mx.eval(self.model.trainable_parameters(), self.optimizer.arrays())
+        self.crew.renew()
         state.updates += 1
         state.epoch_loss, state.epoch_supervised = state.epoch_loss + state.window_loss, state.epoch_supervised + supervised
         state.report_loss, state.report_supervised = state.report_loss + state.window_loss, state.report_supervised + supervised
@@ -294,11 +348,15 @@ class _Fit:
     def _validate(self) -> float:
         """The validation loss, and with it the choice of the best adapter."""
         state = self.state
-        loss = state.validation_loss = mean_loss(self.model, self.validation, self.batch_size, self.path)
+        loss = state.validation_loss = crew_loss(self.crew, self.validation, self.batch_size, self.path, self.validation_states)
         if not math.isfinite(loss):
             raise UserError(f"The validation loss after update {state.updates} is {loss}. {self._remedy()}")
-        found = -loss if self.score is None else self.score(self.model)
-        self.model.train()
+        if self.score is None:
+            found = -loss
+        else:
+            with self.crew.resting():
+                found = self.score(self.model)
+        self.crew.train(True)
         if found > state.best_score:
             state.best_score, state.best_loss, state.best_step, state.validations_since_best = found, loss, state.updates, 0
             adapters.save_weights(self.model, self.directory / BEST)
@@ -327,7 +385,7 @@ class _Fit:
         self.saved_at = time.monotonic()
         self.save_seconds = self.saved_at - started
 
-    def _resume(self) -> None:
+    def _resume(self, store: StateStore | None) -> None:
         """Go on from the newest checkpoint, where there is one; else find out how the loss may be computed."""
         checkpoint = latest_checkpoint(self.directory / CHECKPOINTS)
         if checkpoint is not None and not is_whole(self.directory / BEST / adapters.WEIGHTS):
@@ -335,8 +393,7 @@ class _Fit:
             checkpoint = None
         if checkpoint is None:
             self.history.cut(0)
-            self.path = proven_path(self.model, next(self._batches()))
-            self.state.gathered, self.state.loss_path = self.path.head is not None, self.path.reason
+            self._find_path(store)
             return
         saved = dict(checkpoint.state)
         changed = differences(saved.pop("identity", {}), json.loads(json.dumps(self.identity)))
@@ -346,10 +403,54 @@ class _Fit:
         self.optimizer.restore(self.model, checkpoint.optimizer)
         self.accumulated = tree_unflatten(list(checkpoint.accumulated.items())) if checkpoint.accumulated else {}
         self.state = _State(**saved)
-        self.path = LossPath.again(self.model, self.state.gathered, self.state.loss_path)
+        self._take_path(store)
         self.history.cut(self.state.history_bytes)
         self.history.write(event="resume", step=self.state.updates)
         logger.info("The fit in %s goes on after update %d of %d.", self.directory, self.state.updates, self.plan.updates)
+
+    def _find_path(self, store: StateStore | None) -> None:
+        """What is exact on this model, proven on rows of the first batches; the states of frozen layers are made for it."""
+        state, whole_epoch = self.state, self.plan.batches >= self.plan.batches_per_epoch
+        self.train_states = self._states(store, self.train) if whole_epoch else None
+        self.layout = batch_layout(self.model, self.train, packing=True)
+        state.crew = crew_size(self.model, self.batch_size)
+        self.path = proven_path(self.model, self._samples(), self.train_states)
+        if not self.path.prefix:
+            self.train_states = None
+        if not self.path.packing:
+            self.layout = replace(self.layout, packed_widths=())
+        self.validation_states = self._states(store, self.validation) if self.path.prefix else None
+        state.path, state.loss_path = {**asdict(self.path), "reason": ""}, self.path.reason
+
+    def _take_path(self, store: StateStore | None) -> None:
+        """The path that the fit took before it was interrupted: it must not change on the way."""
+        self.path = LossPath(**{**self.state.path, "reason": self.state.loss_path})
+        self.layout = batch_layout(self.model, self.train, packing=self.path.packing)
+        self.train_states = self._states(store, self.train) if self.path.prefix else None
+        self.validation_states = self._states(store, self.validation) if self.path.prefix else None
+        if self.path.prefix and self.train_states is None:
+            logger.warning("The states of the frozen layers are gone: from here on the fit is equal to rounding only.")
+            self.path = replace(self.path, prefix=0, packing=False)  # packing was proven with the states
+            self.layout, self.validation_states = replace(self.layout, packed_widths=()), None
+
+    def _states(self, store: StateStore | None, columns: TokenColumns) -> PrefixStates | None:
+        found = None if store is None else store.states(self.model, columns, self.batch_size)
+        if found is not None:
+            self.opened.append(found)
+        return found
+
+    def _samples(self) -> list[Sample]:
+        """Some rows of the first epoch's first and last batch, as the plain path takes them, and packed where that pays."""
+        order = epoch_order(self.train, self.settings.loop.batch_size, self.settings.random_state, 0)
+        pays = any(self.layout.shared_width(self.train, rows, self.batch_size) for rows in order[:PACKING_LOOKED_AT])
+        if not pays:
+            self.layout = replace(self.layout, packed_widths=())
+        return [self._sample(rows[:PROVEN_ROWS], pays) for rows in (order[0], order[-1])]
+
+    def _sample(self, rows: list[int], pack: bool) -> Sample:
+        plain = batch(self.train, rows, len(rows), self.layout.ladder)
+        widest = max(int(self.train.lengths[row]) for row in rows) - 1
+        return Sample(plain, packed(self.train, rows, 2 * widest, lines=2) if pack else None)
 
     def _stop(self) -> None:
         self._save()
