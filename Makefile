@@ -1,13 +1,14 @@
 # `make run`: the environment and the main job. `make test`: the environment and the tests. Both from a fresh clone.
 SHELL := /bin/sh
 VENV := .venv
+PEERS := .venv-peers
 PY := $(VENV)/bin/python
 # The first Python of 3.11 or newer that has pip and venv.
 FIND := for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 python; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test test-full env graph clean
+.PHONY: run test test-full bench env graph clean
 
 run: $(VENV)/base
 	$(PY) run.py
@@ -20,6 +21,10 @@ test: $(VENV)/dev
 
 test-full: $(VENV)/dev
 	$(PY) -m pytest tests_full
+
+# This project beside mlx_lm.lora and TRL with PEFT, in an environment of their own: about 40 minutes (docs/performance.md).
+bench: $(VENV)/base $(PEERS)/installed
+	$(PY) benchmarks/bench.py --peers $(PEERS)/bin/python --commit
 
 env: $(VENV)/dev
 
@@ -44,5 +49,11 @@ $(VENV)/dev: $(VENV)/base
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+$(PEERS)/installed: $(VENV)/bin/python benchmarks/peers/requirements.txt benchmarks/peers/constraints.txt
+	$(PY) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install -c benchmarks/peers/constraints.txt \
+	  -r benchmarks/peers/requirements.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -23,6 +23,7 @@ from protocol import Answers, Windows, arguments, json_rows, peak_bytes, version
 from finetune_dataflow.engine.batches import Batch
 from finetune_dataflow.engine.chat import Conversation, encode_conversations, load_encoder
 from finetune_dataflow.engine.fit_settings import FitSettings, LoopSettings, MethodSettings, OptimizerSettings
+from finetune_dataflow.engine.frozen_states import StateStore
 from finetune_dataflow.engine.generation import replies_of
 from finetune_dataflow.engine.interrupts import Interrupts
 from finetune_dataflow.engine.losses import mean_loss
@@ -35,12 +36,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from arithmetic import Decoder
 
 LONGEST = 2048
+STATES_BYTES = 20 * 10**9  # of frozen layers, on the disk
 STEPS = 4  # of a fit whose steps are timed; the first does not count
 RATE_SECONDS = 0.15  # for each matrix product
-
-
-def prefix_states_anew(fit: engine.training._Fit, current: Batch) -> None:
-    """What a first epoch does for a batch beside its step: the frozen layers' states of its rows. Part of the step today."""
 
 
 def encoded(settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> TokenColumns:
@@ -79,12 +77,17 @@ def fit_settings(settings: dict[str, Any], warmup: float = 0.0, **loop: Any) -> 
 def fitted(
     settings: dict[str, Any], chosen: FitSettings, rows: TokenColumns, validation: TokenColumns, directory: str
 ) -> FitSummary:
-    """A fit from the start in an empty directory."""
-    return engine.training.fit(Path(settings["model"]), rows, validation, chosen, Path(directory), {})
+    """A fit from the start in an empty directory, its frozen layers' states beside it."""
+    store = StateStore(Path(directory, "states"), {"base": settings["model"]}, STATES_BYTES)
+    return engine.training.fit(Path(settings["model"]), rows, validation, chosen, Path(directory, "run"), {}, store=store)
 
 
-def pausing(before_batch: Callable[[Any, Batch], None]) -> type[engine.training._Fit]:
-    """The fit with something done before each batch of its loop."""
+def pausing(before_batch: Callable[[Any, list[Batch]], None], first_epoch: Callable[[], bool]) -> type[engine.training._Fit]:
+    """The fit with something done before each batch of its loop.
+
+    In a first epoch every batch's frozen layers are computed anew, here within the step; a fit does the same arithmetic for
+    all rows before its first step.
+    """
 
     class Paused(engine.training._Fit):
         looping = False  # the fit looks at its first batch before the loop, too
@@ -93,11 +96,11 @@ def pausing(before_batch: Callable[[Any, Batch], None]) -> type[engine.training.
             self.looping = True
             return super().run(interrupts)
 
-        def _batches(self) -> Iterator[Batch]:
+        def _batches(self) -> Iterator[list[Batch]]:
             for current in super()._batches():
                 if self.looping:
                     before_batch(self, current)
-                yield current
+                yield [replace(part, states=None) for part in current] if first_epoch() else current
 
     return Paused
 
@@ -109,24 +112,28 @@ def windows(answers: Answers, settings: dict[str, Any]) -> None:
     report = engine.cpu_runtime.load_fast_blas()
     about = {"blas": f"{report.name} on {report.threads} threads", "versions": versions("mlx", "mlx-lm")}
     handlers = {
-        "generate": lambda: generated(settings, held["fit"].model, validation),
-        "rate": lambda: matrix_rate(settings, held["batch"]),
+        "generate": lambda: resting(held["fit"], lambda: generated(settings, held["fit"].model, validation)),
+        "rate": lambda: resting(held["fit"], lambda: matrix_rate(settings, held["batch"])),
     }
     found = Windows(answers, about, handlers)
 
-    def before_batch(fit: engine.training._Fit, current: Batch) -> None:
+    def before_batch(fit: engine.training._Fit, current: list[Batch]) -> None:
         held.update(fit=fit, batch=current)
         if fit.state.epoch_supervised:
             found.loss = fit.state.epoch_loss / fit.state.epoch_supervised
-        indices = list(current.indices)
+        indices = [index for part in current for index in part.indices]
         found.step(rows.lengths[indices], rows.row_supervised[indices])
-        if found.phase == "first":
-            prefix_states_anew(fit, current)
 
-    engine.training._Fit = pausing(before_batch)  # type: ignore[misc]
+    engine.training._Fit = pausing(before_batch, lambda: found.phase == "first")  # type: ignore[misc]
     with tempfile.TemporaryDirectory() as directory:
         endless = fit_settings(settings, iters=10**7, steps_per_eval=10**7, val_batches=1)
         fitted(settings, endless, rows, validation, directory)
+
+
+def resting(fit: engine.training._Fit, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` gives while the fit's threads rest."""
+    with fit.crew.resting():
+        return work()
 
 
 def generated(settings: dict[str, Any], model: Any, validation: TokenColumns) -> dict[str, Any]:
@@ -143,12 +150,13 @@ def generated(settings: dict[str, Any], model: Any, validation: TokenColumns) ->
     return {"tokens": tokens, "replies": len(made), "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
-def matrix_rate(settings: dict[str, Any], current: Batch) -> dict[str, Any]:
+def matrix_rate(settings: dict[str, Any], current: list[Batch]) -> dict[str, Any]:
     """The float32 rate of the matrix products of a step over a batch like this, in operations a second, each measured alone.
 
     Each product counts as often as a step needs it: forward in every layer, backward in the tuned ones, the head once.
     """
-    model, positions, supervised = Decoder.of(settings["config"]), current.inputs.size, len(current.labels)
+    model = Decoder.of(settings["config"])
+    positions, supervised = sum(part.inputs.size for part in current), sum(len(part.labels) for part in current)
     needed = [(positions, inner, outer, model.layers, settings["layers"]) for inner, outer in model.matrices]
     needed.append((supervised, model.hidden, model.vocabulary, 1, 1))
     operations, seconds, products = 0, 0.0, {}
@@ -182,7 +190,7 @@ def final_loss(answers: Answers, settings: dict[str, Any]) -> None:
         chosen = fit_settings(settings, settings["warmup"], epochs=1.0, steps_per_eval=10**7, val_batches=1)
         summary = fitted(settings, chosen, rows, validation, directory)
         seconds = time.perf_counter() - started
-        loss = mean_loss(load_model(Path(settings["model"]), Path(directory, LAST)), validation, settings["batch_size"])
+        loss = mean_loss(load_model(Path(settings["model"]), Path(directory, "run", LAST)), validation, settings["batch_size"])
     answers.give(loss=loss, updates=summary.steps, seconds=seconds)
 
 
@@ -198,7 +206,7 @@ def growth(answers: Answers, settings: dict[str, Any]) -> None:
             fitted(settings, fit_settings(settings, epochs=1.0, steps_per_eval=10**7), numbered, one, directory)
             answers.give(table="rows", size=count, seconds=time.perf_counter() - started)
     started_at: list[float] = []
-    engine.training._Fit = pausing(lambda fit, current: started_at.append(time.perf_counter()))  # type: ignore[misc]
+    engine.training._Fit = pausing(lambda fit, current: started_at.append(time.perf_counter()), lambda: True)  # type: ignore[misc]
     usual = settings["growth"]["usual_length"]
     for length in settings["growth"]["sequence_length"]:
         answers.give(table="sequence_length", size=length, seconds=_step_seconds(settings, length, one, started_at))
