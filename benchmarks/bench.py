@@ -28,24 +28,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import wikisql
 from arithmetic import Decoder, Work, exponent, spread, step_operations
 
+Name = TypeVar("Name")
 HERE = Path(__file__).parent
 WORKERS, ROOT = HERE / "peers", HERE.parent
 OURS, SAME_BLAS, SHIPPED, TRL = "ours", "mlx_lm_same_blas", "mlx_lm_as_shipped", "trl_peft"
+THEIRS = ("generate", "generate_batched")  # mlx_lm one prompt after another, and side by side
 PHASES = {"first": "first_epoch", "later": "later_epochs"}
 # At least so many times a peer's rate; at most so many times the limit, the peer's memory, the best peer's loss.
 AT_LEAST = {
     "mlx_lm_as_shipped": 20.0, "mlx_lm_same_blas_first_epoch": 2.0, "mlx_lm_same_blas_later_epochs": 3.0,
-    "trl_peft_first_epoch": 1.5, "trl_peft_later_epochs": 2.5,
+    "trl_peft_first_epoch": 1.5, "trl_peft_later_epochs": 2.5, "generation": 4.0,
 }  # fmt: skip
 AT_MOST = {"arithmetic_limit": 2.0, "peak_memory": 0.6, "final_loss": 1.01, "minutes": 75.0}
 LEARNING = {
     "rank": 8, "layers": 16, "scale": 20.0, "batch_size": 8, "learning_rate": 2e-4, "weight_decay": 0.01, "warmup": 0.1,
-    "seed": 42, "prompts": 16, "max_tokens": 32, "generation_batch_size": 16,
+    "seed": 42, "prompts": 32, "one_by_one": 6, "max_tokens": 16, "generation_batch_size": 32,
 }  # fmt: skip
 PATIENCE = 1800.0  # seconds that an answer may take
 PAUSE = 0.5  # seconds between two windows, in which the threads of the last go to sleep
@@ -174,9 +176,9 @@ class Bench:
                 workers[name] = stack.enter_context(self.worker(name))
                 self.engines[name] = self._begun(workers[name])
             for number in range(1, self.plan.rounds + 1):
-                for name in _turned([OURS, SAME_BLAS], number):
-                    found = self._watched(workers, name, "generate")
-                    self.generation.append({"engine": name, "round": number, **found})
+                for name, command in _turned([(OURS, "generate"), *((SAME_BLAS, each) for each in THEIRS)], number):
+                    found = self._watched(workers, name, command)
+                    self.generation.append({"engine": name, "way": command, "round": number, **found})
             self.progress.say(f"generation: {self.plan.rounds} rounds")
             for worker in workers.values():
                 worker.ask(f"window {self.plan.seconds / 2} warm")
@@ -238,8 +240,11 @@ class Bench:
         """An engine's windows, in the order of the rounds."""
         return [each for each in self.windows if each["engine"] == name and phase in (None, each["phase"])]
 
-    def ratios(self) -> dict[str, dict[str, float]]:
-        """Ours over each peer's, the least, the median and the greatest of the rounds."""
+    def ratios(self, losses: dict[str, Any]) -> dict[str, dict[str, float]]:
+        """Ours over each peer's, the least, the median and the greatest of the rounds.
+
+        The peak is that of the processes that made `losses`, from their start to the end of their epoch.
+        """
         found = {}
         for peer in (SAME_BLAS, TRL):
             for phase, title in PHASES.items():
@@ -248,10 +253,11 @@ class Bench:
         if shipped := self.of(SHIPPED):
             found[SHIPPED] = spread([rate(each) / rate(shipped[0]) for each in self.of(OURS, "first")])
         found["arithmetic_limit"] = spread(self.limit()["later"])
-        replies = [[rate(each) for each in self.generation if each["engine"] == name] for name in (OURS, SAME_BLAS)]
-        found["generation"] = spread([one / other for one, other in zip(*replies, strict=True)])
-        peaks = zip(self.of(OURS), self.of(SAME_BLAS), strict=True)
-        found["peak_memory"] = spread([one["peak_bytes"] / other["peak_bytes"] for one, other in peaks])
+        replies = [rate(each) for each in self.generation if each["engine"] == OURS]
+        for title, way in zip(("generation", "generation_batched"), THEIRS, strict=True):
+            others = [rate(each) for each in self.generation if each["engine"] == SAME_BLAS and each["way"] == way]
+            found[title] = spread([one / other for one, other in zip(replies, others, strict=True)])
+        found["peak_memory"] = spread([losses[OURS]["peak_bytes"] / losses[SAME_BLAS]["peak_bytes"]])
         return found
 
     def _begun(self, worker: Worker) -> dict[str, Any]:
@@ -285,7 +291,7 @@ def judged(values: dict[str, float]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _turned(names: list[str], number: int) -> list[str]:
+def _turned(names: list[Name], number: int) -> list[Name]:
     place = number % len(names)
     return names[place:] + names[:place]
 
@@ -351,7 +357,7 @@ def measured(bench: Bench) -> dict[str, Any]:
     losses = bench.losses()
     growth = bench.growth()
     bench.shipped()
-    ratios = bench.ratios()
+    ratios = bench.ratios(losses)
     final = losses[OURS]["loss"] / min(losses[name]["loss"] for name in (SAME_BLAS, TRL))
     values = {name: each["median"] for name, each in ratios.items()} | {"final_loss": final}
     return {

@@ -9,6 +9,9 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from finetune_dataflow import engine  # isort: skip  # its BLAS must stand before MLX
 
@@ -18,18 +21,19 @@ import numpy as np
 
 from finetune_dataflow.embedded_model import embedded_model_directory
 from finetune_dataflow.engine.batches import Batch, in_parts, of_lines
-from finetune_dataflow.engine.crew import Crew
+from finetune_dataflow.engine.crew import Crew, gradient_of_parts
 from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.fit_settings import MethodSettings
 from finetune_dataflow.engine.losses import LossPath
 from finetune_dataflow.engine.methods import make_trainable
 
 ROWS, WIDTH, LEARNED = 8, 96, 30
-WAYS = {  # exponentials as powers of two, threads with rows of their own
-    "MLX's exponentials, one thread of rows": (False, 1),
-    "MLX's exponentials, two threads of rows": (False, 2),
-    "powers of two, one thread of rows": (True, 1),
-    "powers of two, two threads of rows": (True, 2),
+WAYS = {  # exponentials as powers of two, threads with rows of their own, parts that all rows are computed in
+    "MLX's exponentials, one thread of rows": (False, 1, 1),
+    "MLX's exponentials, two threads of rows": (False, 2, 2),
+    "powers of two, one thread of rows": (True, 1, 1),
+    "powers of two, two threads of rows": (True, 2, 2),
+    "powers of two, two threads, four parts": (True, 2, 4),
 }
 
 
@@ -52,19 +56,24 @@ def main() -> None:
     model.train()
     whole, path = rows(), LossPath(gathered=True)
 
-    def work(view: nn.Module, part: Batch) -> None:
-        mx.eval(nn.value_and_grad(view, path.mean_loss)(view, part))
+    def computed(view: nn.Module, part: Batch) -> tuple[float, dict[str, Any]]:
+        loss, gradient = nn.value_and_grad(view, path.mean_loss)(view, part)
+        mx.eval(loss, gradient)
+        return float(loss), gradient
+
+    def work(view: nn.Module, parts: Sequence[Batch]) -> None:
+        gradient_of_parts(parts, partial(computed, view), whole.supervised)
 
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     memory: dict[str, float] = {}
     for number in range(rounds + 1):  # the first warms up
-        for name, (powers, threads) in WAYS.items():
+        for name, (powers, threads, parts) in WAYS.items():
             with as_powers(powers), Crew(model, threads) as crew:
                 mx.clear_cache()
                 stays = mx.get_active_memory()
                 mx.reset_peak_memory()
                 started = time.perf_counter()
-                crew.each(work, in_parts(whole, threads))
+                crew.in_turn(work, in_parts(whole, parts))
                 if number:
                     seconds[name].append(time.perf_counter() - started)
                 memory[name] = (mx.get_peak_memory() - stays) / 2**20

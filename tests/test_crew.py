@@ -2,6 +2,7 @@
 
 import math
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,12 +13,12 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from finetune_dataflow.engine import cpu_runtime, exponentials
-from finetune_dataflow.engine.batch_layout import shared_out
+from finetune_dataflow.engine.batch_layout import part_count, shared_out
 from finetune_dataflow.engine.batches import Batch, batch, in_parts, widths
-from finetune_dataflow.engine.crew import Crew, crew_size, view, weighted_sum
+from finetune_dataflow.engine.crew import Crew, crew_size, gradient_of_parts, view, weighted_sum
 from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.frozen_states import StateStore
-from finetune_dataflow.engine.losses import LossPath, mean_loss
+from finetune_dataflow.engine.losses import PLAIN, LossPath, mean_loss
 from finetune_dataflow.engine.methods import make_trainable
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.tokens import EncodedRow, TokenColumns, token_columns
@@ -163,6 +164,33 @@ def test_the_loss_over_all_rows_is_the_same_for_any_path_and_crew(
     path = LossPath(gathered=True, exponentials=exponentials.usable(), prefix=states.layers)
     assert mean_loss(model, columns, 4, path, states) == pytest.approx(expected, rel=1e-5)
     assert math.isfinite(expected)
+
+
+def test_a_batch_is_computed_in_parts_that_are_neither_small_nor_with_large_gradients_many() -> None:
+    assert part_count(tokens=768, rows=8, threads=2, gradient_bytes=2**20) == 4
+    assert part_count(tokens=767, rows=8, threads=2, gradient_bytes=2**20) == 2
+    assert part_count(tokens=100, rows=8, threads=2, gradient_bytes=2**20) == 2
+    assert part_count(tokens=768, rows=8, threads=2, gradient_bytes=2**27) == 2
+    assert part_count(tokens=768, rows=8, threads=1, gradient_bytes=2**20) == 1
+    assert part_count(tokens=9000, rows=3, threads=2, gradient_bytes=2**20) == 3
+
+
+def test_the_parts_of_a_thread_give_the_gradient_of_the_whole(tiny_model: Path, columns: TokenColumns) -> None:
+    model = load_model(tiny_model)
+    make_trainable(model, settings_of(num_layers=2).method)
+    whole = batch(columns, range(8), 8, widths(columns.lengths))
+    expected_loss, expected = computed(PLAIN)(model, whole)
+    for parts in (1, 3, 8):
+        loss, gradient = gradient_of_parts(in_parts(whole, parts), partial(computed(PLAIN), model), whole.supervised)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        apart = np.linalg.norm(flat(gradient) - flat(expected))
+        assert apart < 1e-5 * np.linalg.norm(flat(expected))
+
+
+def test_a_crew_s_threads_take_the_items_in_turn(tiny_model: Path) -> None:
+    with Crew(load_model(tiny_model), 2) as crew:
+        assert crew.in_turn(lambda _, share: list(share), [1, 2, 3, 4, 5]) == [[1, 3, 5], [2, 4]]
+        assert crew.in_turn(lambda _, share: list(share), [1]) == [[1]]
 
 
 def test_rows_are_shared_out_evenly_and_none_is_lost(columns: TokenColumns) -> None:

@@ -6,12 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from safetensors.numpy import load_file
 
 from finetune_dataflow.engine import prefix_states, training
 from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.frozen_states import StateStore, store
 from finetune_dataflow.engine.losses import PLAIN
+from finetune_dataflow.engine.models import load_model
+from finetune_dataflow.engine.prefix_states import forget
 from finetune_dataflow.engine.proof import Sample
 from finetune_dataflow.engine.tokens import EncodedRow, TokenColumns, token_columns
 from finetune_dataflow.errors import UserError
@@ -43,6 +46,11 @@ def states_in(folder: Path) -> StateStore:
 def fitted(model: Path, directory: Path, folder: Path | None) -> training.FitSummary:
     states = None if folder is None else states_in(folder)
     return training.fit(model, TRAIN, VALIDATION, settings(), directory, {}, store=states)
+
+
+def size_of(module: Any) -> int:
+    """The numbers in a module's parameters."""
+    return sum(each.size for each in tree_flatten(module.parameters(), destination={}).values())  # type: ignore[union-attr]
 
 
 def losses(directory: Path) -> list[float]:
@@ -155,3 +163,43 @@ def test_the_rows_that_prove_the_path_are_of_the_first_and_the_last_batch(
     for each in seen:
         assert each.packed is not None and each.packed.indices == each.plain.indices
         assert len(each.packed.inputs) >= 2 and each.packed.segments is not None and each.packed.segments.max() >= 2
+
+
+def test_weights_that_no_batch_needs_are_let_go_and_the_fit_learns_the_same(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    parameters = training._Fit._accumulate
+
+    def noting(fit: training._Fit, current: list[Any]) -> None:
+        sizes.append(size_of(fit.model.layers[0]))
+        parameters(fit, current)
+
+    monkeypatch.setattr(training._Fit, "_accumulate", noting)
+    fitted(tiny_model, tmp_path / "let go", tmp_path / "states")
+    assert set(sizes) == {0}
+    monkeypatch.setattr(training, "forget", lambda *_: 0)
+    fitted(tiny_model, tmp_path / "kept", tmp_path / "states")
+    assert sizes[-1] > 0
+    assert adapter_digest(tmp_path / "let go") == adapter_digest(tmp_path / "kept")
+    assert losses(tmp_path / "let go") == losses(tmp_path / "kept")
+
+
+def test_a_score_that_generates_replies_finds_the_whole_model(tiny_model: Path, tmp_path: Path) -> None:
+    counted: list[int] = []
+
+    def score(model: Any) -> float:
+        counted.append(size_of(model.layers[0]))
+        return 1.0
+
+    chosen, states = settings_of(**SETTINGS, best_metric="rougeL"), states_in(tmp_path / "states")
+    training.fit(tiny_model, TRAIN, VALIDATION, chosen, tmp_path / "run", {}, score=score, store=states)
+    assert counted and min(counted) > 0
+
+
+def test_what_a_later_layer_shares_with_a_frozen_one_stays(tiny_model: Path) -> None:
+    model = load_model(tiny_model)
+    model.layers[1].mlp = model.layers[0].mlp
+    forget(model, 1)
+    assert model.layers[0].self_attn.q_proj.weight.size == 0 and model.layers[1].self_attn.q_proj.weight.size > 0
+    assert model.layers[1].mlp.up_proj.weight.size > 0

@@ -40,7 +40,11 @@ def windows(answers: Answers, settings: dict[str, Any], blas: str) -> None:
 
     held: dict[str, Any] = {}
     about = {"blas": blas, "versions": versions("mlx", "mlx-lm")}
-    found = Windows(answers, about, {"generate": lambda: generated(settings, held["model"])})
+    handlers = {
+        "generate": lambda: generated(settings, held["model"]),
+        "generate_batched": lambda: generated_together(settings, held["model"]),
+    }
+    found = Windows(answers, about, handlers)
 
     class Losses(TrainingCallback):
         def on_train_loss_report(self, train_info: dict[str, Any]) -> None:
@@ -62,7 +66,25 @@ def windows(answers: Answers, settings: dict[str, Any], blas: str) -> None:
 
 
 def generated(settings: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Greedy replies by mlx-lm's own `batch_generate`."""
+    """Greedy replies to the first prompts one after another by `stream_generate`, whose texts `mlx_lm.generate` joins."""
+    from mlx_lm import stream_generate
+    from mlx_lm.utils import load_tokenizer
+
+    rows = json_rows(settings["validation"])[: settings["one_by_one"]]
+    tokenizer = load_tokenizer(Path(settings["model"]))
+    model.eval()
+    started = time.perf_counter()
+    tokens = sum(
+        sum(1 for _ in stream_generate(model, tokenizer, row["input_ids"][: row["prompt_length"]], settings["max_tokens"]))
+        for row in rows
+    )
+    seconds = time.perf_counter() - started
+    model.train()
+    return {"tokens": tokens, "replies": len(rows), "seconds": seconds, "peak_bytes": peak_bytes()}
+
+
+def generated_together(settings: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Greedy replies to all prompts by mlx-lm's own `batch_generate`."""
     from mlx_lm import batch_generate
     from mlx_lm.utils import load_tokenizer
 
@@ -90,9 +112,10 @@ def final_loss(answers: Answers, settings: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
         lora.run(lora_arguments(settings, updates, Path(directory), lr_schedule=schedule))
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_bytes()
         model = load(settings["model"], adapter_path=directory)[0]
-    answers.give(loss=mean_loss(model, json_rows(settings["validation"])), updates=updates, seconds=seconds)
+    loss = mean_loss(model, json_rows(settings["validation"]))
+    answers.give(loss=loss, updates=updates, seconds=seconds, peak_bytes=peak)
 
 
 def mean_loss(model: Any, rows: list[dict[str, Any]]) -> float:

@@ -90,6 +90,9 @@ def pausing(before_batch: Callable[[Any, list[Batch]], None], first_epoch: Calla
     """
 
     class Paused(engine.training._Fit):
+        def _forget_frozen_layers(self) -> None:
+            """A first epoch's windows, and replies, need all layers at any time."""
+
         looping = False  # the fit looks at its first batch before the loop, too
 
         def run(self, interrupts: Interrupts) -> FitSummary:
@@ -183,15 +186,23 @@ def _seconds(left: mx.array, right: mx.array) -> float:
 
 
 def final_loss(answers: Answers, settings: dict[str, Any]) -> None:
-    """One epoch over the rows, then the validation loss of its last adapter."""
+    """One epoch over the rows, then the validation loss of its last adapter. The peak is that of the whole process."""
     rows, validation = columns(settings)
+    peaks, reset = [], engine.memory.reset_peak
+
+    def noting() -> None:
+        peaks.append(peak_bytes())
+        reset()
+
+    engine.memory.reset_peak = noting  # the fit begins to count when its loop does; loading and proof count here, too
     with tempfile.TemporaryDirectory() as directory:
         started = time.perf_counter()
         chosen = fit_settings(settings, settings["warmup"], epochs=1.0, steps_per_eval=10**7, val_batches=1)
         summary = fitted(settings, chosen, rows, validation, directory)
         seconds = time.perf_counter() - started
+        peaks.append(peak_bytes())
         loss = mean_loss(load_model(Path(settings["model"]), Path(directory, "run", LAST)), validation, settings["batch_size"])
-    answers.give(loss=loss, updates=summary.steps, seconds=seconds)
+    answers.give(loss=loss, updates=summary.steps, seconds=seconds, peak_bytes=max(peaks), peaks=peaks)
 
 
 def growth(answers: Answers, settings: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import tempfile
 import time
 from typing import Any
 
-from protocol import Answers, Windows, arguments, json_rows, versions
+from protocol import Answers, Windows, arguments, json_rows, peak_bytes, versions
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -115,9 +115,9 @@ def main() -> None:
         fitted = trainer(settings, directory, None)
         started = time.perf_counter()
         fitted.train()
-        seconds = time.perf_counter() - started
+        seconds, peak = time.perf_counter() - started, peak_bytes()
         loss = mean_loss(fitted.model, json_rows(settings["validation"]))
-        answers.give(loss=loss, updates=fitted.state.global_step, seconds=seconds)
+        answers.give(loss=loss, updates=fitted.state.global_step, seconds=seconds, peak_bytes=peak)
 
 
 if __name__ == "__main__":

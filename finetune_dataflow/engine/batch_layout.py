@@ -16,6 +16,8 @@ from finetune_dataflow.engine.tokens import TokenColumns
 
 PACKED_WIDTHS = 2  # the longest row's, and twice that
 MOST_PACKED = 2048  # tokens of a line of several rows
+PART_TOKENS = 192  # of a part, at least: with fewer a BLAS spends its time on rearranging the weights
+PART_GRADIENT = 2**26  # bytes; a thread adds up the gradients of its parts, so that larger ones outweigh what parts save
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,16 @@ def even_width(model: nn.Module) -> float:
     weights = sum(each.size for each in matrices)
     hidden = max((min(each.shape) for each in matrices), default=1)
     return max(1.0, weights / (2 * hidden))
+
+
+def part_count(tokens: int, rows: int, threads: int, gradient_bytes: int) -> int:
+    """In how many parts `threads` threads compute a batch of so many tokens and rows.
+
+    One for each thread, and more where these would be large: a thread's parts follow one another, and only the one that it
+    is at has its activations in memory. That costs no time, because smaller ones stay in the processor's cache.
+    """
+    each = tokens // (threads * PART_TOKENS) if threads > 1 and gradient_bytes <= PART_GRADIENT else 1
+    return min(threads * max(each, 1), rows)
 
 
 def shared_out(columns: TokenColumns, indices: Sequence[int], parts: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,6 +26,17 @@ logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Supervised(Protocol):
+    """Something with learned tokens: a batch, or a part of one."""
+
+    @property
+    def supervised(self) -> int:
+        """How many tokens are learned."""
+
+
+Part = TypeVar("Part", bound=Supervised)
 
 
 def crew_size(model: nn.Module, most: int) -> int:
@@ -107,6 +118,10 @@ class Crew:
         ]
         return [self._finished(future, work, item) for future, item in zip(futures, items, strict=True)]
 
+    def in_turn(self, work: Callable[[nn.Module, Sequence[Item]], Result], items: Sequence[Item]) -> list[Result]:
+        """What `work` gives for each thread's share of the items: every so-many-th, in their order."""
+        return self.each(work, [items[start :: self.size] for start in range(min(self.size, len(items)))])
+
     def map(self, work: Callable[[nn.Module, Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """What `work` gives for each item, in their order, as many at once as there are threads."""
         remaining = iter(items)
@@ -158,6 +173,21 @@ def _view(value: Any, seen: dict[int, Any]) -> Any:
     if isinstance(value, dict):
         return {name: _view(each, seen) for name, each in value.items()}
     return value
+
+
+def gradient_of_parts(
+    parts: Sequence[Part], computed: Callable[[Part], tuple[float, dict[str, Any]]], supervised: int
+) -> tuple[float, dict[str, Any]]:
+    """Loss and gradient over `supervised` tokens from the means over each part's, one part after another."""
+    loss, total = 0.0, dict[str, Any]()
+    for part in parts:
+        found, gradient = computed(part)
+        share = part.supervised / supervised
+        loss += found * share
+        if share == 1.0:
+            return loss, gradient
+        total = weighted_sum([1.0, share], [total, gradient]) if total else weighted_sum([share], [gradient])
+    return loss, total
 
 
 def weighted_sum(weights: Sequence[float], trees: Sequence[dict[str, Any]]) -> dict[str, Any]:

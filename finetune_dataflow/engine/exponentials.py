@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -61,7 +61,7 @@ def usable() -> bool:
 def cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
     """The loss of each label, float32 [n], from logits float32 [n, vocabulary] and labels int32 [n]."""
     if _active and logits.dtype == mx.float32:
-        return cast(mx.array, _cross_entropy(logits, labels))
+        return cast(tuple[mx.array, ...], _cross_entropy(logits, labels))[0]
     return nn.losses.cross_entropy(logits, labels)
 
 
@@ -179,16 +179,17 @@ def attention(
 
 
 @mx.custom_function
-def _cross_entropy(logits: mx.array, labels: mx.array) -> mx.array:
+def _cross_entropy(logits: mx.array, labels: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """The losses, and for the gradient: powers [n, vocabulary], each e to a logit less the highest, and their sums [n]."""
     highest = logits.max(axis=-1)
-    total = _exp(logits - highest[:, None]).sum(axis=-1)
-    return mx.log(total) + highest - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    powers = _exp(logits - highest[:, None])
+    totals = powers.sum(axis=-1)
+    losses = mx.log(totals) + highest - mx.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return losses, powers, totals
 
 
 @_cross_entropy.vjp
-def _cross_entropy_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> Any:
-    logits, labels = primals
-    chosen = mx.take_along_axis(logits, labels[:, None], axis=-1)
-    # A label's probability is exp(-loss), so the sum over the vocabulary need not be computed again.
-    shares = _exp(logits - (output[:, None] + chosen)) * cotangent[:, None]
+def _cross_entropy_vjp(primals: tuple[mx.array, mx.array], cotangents: Sequence[mx.array], outputs: Sequence[mx.array]) -> Any:
+    (_, labels), (cotangent, *_), (_, powers, totals) = primals, cotangents, outputs
+    shares = powers * (cotangent / totals)[:, None]
     return shares.at[mx.arange(len(labels)), labels].add(-cotangent), mx.zeros_like(labels)

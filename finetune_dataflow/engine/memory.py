@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
 import resource
 import sys
@@ -13,8 +14,17 @@ import mlx.core as mx
 RESET_PEAK, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
+def give_back() -> None:
+    """Return to the system what the process holds and does not use, where the C library is one that can (glibc)."""
+    mx.clear_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def reset_peak() -> None:
     """Start counting the peak anew. Outside Linux a process's resident peak cannot be reset and stays what it was."""
+    give_back()
     mx.reset_peak_memory()
     with contextlib.suppress(OSError):
         RESET_PEAK.write_text("5")  # man 5 proc: resets the peak resident set size

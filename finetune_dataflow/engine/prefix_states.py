@@ -249,6 +249,30 @@ def starting_after(model: nn.Module, layers: int, states: mx.array) -> Iterator[
         held.clear()
 
 
+def forget(model: nn.Module, layers: int) -> int:
+    """Let go of the weights of the first `layers` layers, whose states every later batch brings; how many bytes that were.
+
+    From then on the model computes nothing but such batches: `starting_after` never looks at these weights. What a later layer
+    has in common with them stays. Raises NoPrefix where the model has no such layers.
+    """
+    first = _first(model, layers)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if any(module is layer for layer in first))
+    after = [module for name, module in model.named_modules() if not f"{name}.".startswith(inside)]
+    kept = {id(each) for module in after for each in _own_arrays(module).values()}
+    gone: dict[int, int] = {}
+    for layer in first:
+        for _, module in layer.named_modules():
+            for name, array in _own_arrays(module).items():
+                if id(array) not in kept:
+                    gone[id(array)] = array.nbytes
+                    module[name] = mx.zeros((0,), array.dtype)
+    return sum(gone.values())
+
+
+def _own_arrays(module: nn.Module) -> dict[str, mx.array]:
+    return {name: each for name, each in module.items() if isinstance(each, mx.array)}
+
+
 def _hand_on(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """A layer's call that does nothing."""
     return _input(args, kwargs)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +25,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from finetune_dataflow.engine import memory
+from finetune_dataflow.engine.batch_layout import part_count
 from finetune_dataflow.engine.batches import CAPACITY_STEP, STEP, Batch, batch, epoch_order, in_order, in_parts, widths
-from finetune_dataflow.engine.crew import Crew, crew_size, weighted_sum
+from finetune_dataflow.engine.crew import Crew, crew_size, gradient_of_parts, weighted_sum
 from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.fit_plan import FitPlan, chosen_rows, fit_plan
 from finetune_dataflow.engine.fit_settings import FitSettings, LoopSettings
@@ -293,9 +295,9 @@ class _Footprint:
 
     process: what the process holds besides arrays. weights: the base model's. trained: what is trained, of which `added` is
     none of the base model's. state: the optimiser's. largest: the largest gradient. flat: the most that a step of the
-    smallest shape takes above what stays (its gradients and its update). forward: the most that the loss takes above what
-    stays, with a backward pass to follow; backward: that and the backward pass; validation: the loss alone. head: for a token,
-    where the output head runs on every one.
+    smallest shape takes above what stays (its gradients and its update). threads: how many work at a batch. forward: the
+    most that the loss takes above what stays, with a backward pass to follow; backward: that and the backward pass;
+    validation: the loss alone. head: for a token, where the output head runs on every one.
     """
 
     process: int
@@ -305,6 +307,7 @@ class _Footprint:
     state: int = 0
     largest: int = 0
     flat: int = 0
+    threads: int = 1
     forward: _Line = _Line()
     backward: _Line = _Line()
     validation: _Line = _Line()
@@ -314,7 +317,7 @@ class _Footprint:
         """MLX's peak from the first validation to the last update."""
         # Gradients added up stay from one batch to the next, and for a moment there are the new sum and its summand, too.
         kept = self.trained if work.accumulates else 0
-        step = max(self.batch(self.heaviest(work)), self.flat, 2 * kept, self.validation.at(work.validation))
+        step = max(self.batch(self.at_once(self.heaviest(work))), self.flat, 2 * kept, self.validation.at(work.validation))
         return self.weights + self.added + self.state + kept + int(step)
 
     def proof(self, work: _Work) -> int:
@@ -340,8 +343,14 @@ class _Footprint:
         """
         return max(self.forward.at(shape) + self.largest, self.backward.at(shape))
 
+    def at_once(self, shape: _Shape) -> _Shape:
+        """What of a batch is computed at the same time: a part by each thread."""
+        parts = part_count(shape.tokens, shape.rows, self.threads, self.trained)
+        share = min(self.threads, parts) / parts
+        return _Shape(math.ceil(shape.rows * share), shape.width, math.ceil(shape.targets * share))
+
     def heaviest(self, work: _Work) -> _Shape:
-        return max(work.shapes, key=lambda each: (self.batch(each), each.tokens, each.targets))
+        return max(work.shapes, key=lambda each: (self.batch(self.at_once(each)), each.tokens, each.targets))
 
     def training(self, trained: int, added: int, share: float) -> _Footprint:
         """The same with other trained parameters, in `share` of the blocks that are trained here."""
@@ -409,18 +418,22 @@ class _Trial:
     def accumulate(self, current: Batch) -> float:
         """Seconds of a batch: loss and gradient, added to those before; by as many threads as the fit has."""
 
-        def computed(model: nn.Module, part: Batch) -> dict[str, Any]:
+        def computed(model: nn.Module, part: Batch) -> tuple[float, dict[str, Any]]:
             loss, gradient = nn.value_and_grad(model, self.path.mean_loss)(model, part)
             mx.eval(loss, gradient)
-            return gradient
+            return float(loss), gradient
 
-        with Crew(self.model, crew_size(self.model, len(current.inputs))) as crew, as_powers(self.path.exponentials):
+        lines = len(current.inputs)
+        with Crew(self.model, crew_size(self.model, lines)) as crew, as_powers(self.path.exponentials):
             started = time.perf_counter()
-            parts = in_parts(current, crew.size) if crew.size > 1 else [current]
+            parts = part_count(current.inputs.size, lines, crew.size, _bytes(self.model.trainable_parameters()))
             with seeded(self.settings.random_state):
-                gradients = crew.each(computed, parts)
-            weights = [part.supervised / current.supervised for part in parts]
-            gradient = weighted_sum(weights, gradients) if len(parts) > 1 else gradients[0]
+                found = crew.in_turn(
+                    lambda model, share: gradient_of_parts(share, partial(computed, model), current.supervised),
+                    in_parts(current, parts) if parts > 1 else [current],
+                )
+            gradients = [each for _, each in found]
+            gradient = weighted_sum([1.0] * len(gradients), gradients) if len(gradients) > 1 else gradients[0]
         if self.accumulation > 1:
             weighted = tree_map(lambda each: each * current.supervised, gradient)
             gradient = tree_map(mx.add, self.accumulated, weighted) if self.accumulated else weighted
@@ -512,6 +525,7 @@ class _Probing:
         return _Footprint(
             process,
             weights=_bytes(model.parameters()) - (0 if full else trained),
+            threads=crew_size(model, min(self.settings.loop.batch_size, len(self.train))),
             trained=trained,
             added=0 if full else trained,
             state=4 * elements * STATES.get(self.settings.optimizer.optimizer, 0),

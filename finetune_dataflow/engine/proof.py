@@ -19,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from finetune_dataflow.engine import exponentials
-from finetune_dataflow.engine.batches import Batch
+from finetune_dataflow.engine.batches import Batch, in_parts
 from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.heads import output_head
 from finetune_dataflow.engine.losses import PLAIN, LossPath
@@ -153,10 +153,19 @@ class _Proof:
 
 
 def _computed(model: nn.Module, path: LossPath, batch: Batch) -> Computed:
-    with as_powers(path.exponentials):
-        loss, gradient = nn.value_and_grad(model, path.mean_loss)(model, batch)
-        mx.eval(loss, gradient)
-    return loss.item(), dict(_flat(gradient))
+    """Loss and gradient; row by row where every position's logits are made, which for many rows are more than a fit holds."""
+    whole = path.gathered or batch.segments is not None or batch.states is not None
+    parts = [batch] if whole else in_parts(batch, len(batch.inputs))
+    loss, gradient = 0.0, dict[str, mx.array]()
+    for part in parts:
+        share = part.supervised / batch.supervised
+        with as_powers(path.exponentials):
+            found, of_part = nn.value_and_grad(model, path.mean_loss)(model, part)
+            of_part = {name: each * share for name, each in _flat(of_part)} if len(parts) > 1 else dict(_flat(of_part))
+            gradient = {name: gradient[name] + each for name, each in of_part.items()} if gradient else of_part
+            mx.eval(found, gradient)
+        loss += float(found) * share
+    return loss, gradient
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:

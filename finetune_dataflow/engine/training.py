@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,10 +25,10 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from finetune_dataflow.engine import adapters, memory
 from finetune_dataflow.engine.arrays import is_whole
-from finetune_dataflow.engine.batch_layout import batch_layout, shared_out
+from finetune_dataflow.engine.batch_layout import batch_layout, part_count, shared_out
 from finetune_dataflow.engine.batches import Batch, batch, epoch_order
 from finetune_dataflow.engine.checkpoints import Checkpoint, latest_checkpoint, save_checkpoint
-from finetune_dataflow.engine.crew import Crew, crew_size, weighted_sum
+from finetune_dataflow.engine.crew import Crew, crew_size, gradient_of_parts, weighted_sum
 from finetune_dataflow.engine.event_log import EventLog
 from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.fit_plan import FitPlan, chosen_rows, fit_plan
@@ -39,7 +40,7 @@ from finetune_dataflow.engine.methods import adapter_config, make_trainable, tra
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.optimizers import clipped, fit_optimizer, global_norm
 from finetune_dataflow.engine.packing import packed
-from finetune_dataflow.engine.prefix_states import PrefixStates
+from finetune_dataflow.engine.prefix_states import PrefixStates, forget
 from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.engine.proof import Sample, proven_path
 from finetune_dataflow.engine.randomness import seeded
@@ -53,7 +54,10 @@ from finetune_dataflow.errors import UserError
 logger = logging.getLogger(__name__)
 
 HISTORY, CHECKPOINTS, BEST, LAST = "metrics.jsonl", "checkpoints", "adapters", "adapters-last"
-PROVEN_ROWS = 4  # of a batch; the plain path takes a word's score at every position, which is much memory
+PROVEN_ROWS, PROVEN_PACKED_ROWS = (
+    2,
+    4,
+)  # of a batch, and where rows share lines: a fit of few rows at once is to need little memory
 PACKING_LOOKED_AT = 200  # batches, to see whether rows are ever to share a line
 SECONDS_BETWEEN_SAVES = 60.0  # where save_every is not given
 MOST_OF_TIME_SAVING = 0.05  # of the fit's time, then
@@ -192,8 +196,10 @@ class _Fit:
         self.batch_size = min(settings.loop.batch_size, len(train))  # lines of a batch; more would only pad
         self.state, self.accumulated = _State(), cast(dict[str, Any], {})
         self.opened: list[PrefixStates] = []
+        self.trained_bytes = sum(each.nbytes for each in trainable(model).values())
         model.eval()  # dropout would make two paths of the loss differ
         self._resume(store)
+        self._forget_frozen_layers()
         self.crew = Crew(model, self.state.crew)
         self.loss_and_gradient = {id(each): nn.value_and_grad(each, self.path.mean_loss) for each in self.crew.views}
         self.saved_at, self.save_seconds = time.monotonic(), 0.0
@@ -248,9 +254,11 @@ class _Fit:
             yield self._parts(order[place])
 
     def _parts(self, rows: list[int]) -> list[Batch]:
-        lines = math.ceil(self.batch_size / self.state.crew)
-        parts = (self.layout.made(self.train, each, lines) for each in shared_out(self.train, rows, self.state.crew))
-        return [each if self.train_states is None else self.train_states.given(each) for each in parts]
+        threads = self.state.crew
+        parts = part_count(int(self.train.lengths[rows].sum()), len(rows), threads, self.trained_bytes)
+        lines = self.batch_size if threads == 1 else math.ceil(len(rows) / parts)
+        made = (self.layout.made(self.train, each, lines) for each in shared_out(self.train, rows, parts))
+        return [each if self.train_states is None else self.train_states.given(each) for each in made]
 
     def _accumulate(self, current: list[Batch]) -> None:
         """Add a batch's gradient, weighted by its supervised tokens, to what the next update descends."""
@@ -288,13 +296,13 @@ class _Fit:
             mx.eval(loss, gradient)
             return loss.item(), gradient
 
-        found = self.crew.each(computed, parts)
+        supervised = sum(part.supervised for part in parts)
+        found = self.crew.in_turn(
+            lambda model, share: gradient_of_parts(share, partial(computed, model), supervised), parts
+        )  # fmt: skip
         if len(found) == 1:
             return found[0]
-        supervised = [part.supervised for part in parts]
-        weights = [each / sum(supervised) for each in supervised]
-        loss = sum(weight * loss for weight, (loss, _) in zip(weights, found, strict=True))
-        return loss, weighted_sum(weights, [gradient for _, gradient in found])
+        return sum(loss for loss, _ in found), weighted_sum([1.0] * len(found), [gradient for _, gradient in found])
 
     def _update(self) -> None:
         """One update by the gradients added up since the last."""
@@ -433,6 +441,13 @@ class _Fit:
             self.path = replace(self.path, prefix=0, packing=False)  # packing was proven with the states
             self.layout, self.validation_states = replace(self.layout, packed_widths=()), None
 
+    def _forget_frozen_layers(self) -> None:
+        """Free the weights that no batch needs: all have stored states. A score generates replies, by the whole model."""
+        if self.path.prefix and self.score is None:
+            freed = forget(self.model, self.path.prefix)
+            memory.give_back()
+            logger.debug("The weights of %d frozen layers are let go: %d bytes.", self.path.prefix, freed)
+
     def _states(self, store: StateStore | None, columns: TokenColumns) -> PrefixStates | None:
         found = None if store is None else store.states(self.model, columns, self.batch_size)
         if found is not None:
@@ -445,7 +460,8 @@ class _Fit:
         pays = any(self.layout.shared_width(self.train, rows, self.batch_size) for rows in order[:PACKING_LOOKED_AT])
         if not pays:
             self.layout = replace(self.layout, packed_widths=())
-        return [self._sample(rows[:PROVEN_ROWS], pays) for rows in (order[0], order[-1])]
+        count = PROVEN_PACKED_ROWS if pays else PROVEN_ROWS
+        return [self._sample(rows[:count], pays) for rows in (order[0], order[-1])]
 
     def _sample(self, rows: list[int], pack: bool) -> Sample:
         plain = batch(self.train, rows, len(rows), self.layout.ladder)
