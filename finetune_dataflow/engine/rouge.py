@@ -8,13 +8,16 @@ the hub's is the median of an unseeded bootstrap around it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import datasets
 import evaluate
 import numpy as np
 import pandas as pd
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
+WORDS = 100_000  # whose stems are kept at a time
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -42,13 +45,22 @@ class Rouge(evaluate.Metric):
         use_aggregator: bool = True,
         use_stemmer: bool = False,
     ) -> dict[str, float] | dict[str, list[float]]:
-        scorer = RougeScorer(list(rouge_types), use_stemmer=use_stemmer)
+        scorer = RougeScorer(list(rouge_types), tokenizer=_tokenizer(use_stemmer))
         scores = [
             scorer.score(reference, prediction) if isinstance(reference, str) else scorer.score_multi(reference, prediction)
             for reference, prediction in zip(references, predictions, strict=True)
         ]
         rows = {name: [score[name].fmeasure for score in scores] for name in rouge_types}
         return {name: float(np.mean(values)) for name, values in rows.items()} if use_aggregator else rows
+
+
+def _tokenizer(use_stemmer: bool) -> DefaultTokenizer:
+    """The scorer's own tokenizer, which stems each word once: two thirds of the time went into stemming the same ones."""
+    tokenizer = DefaultTokenizer(use_stemmer)
+    if use_stemmer:
+        stemmer = tokenizer._stemmer
+        stemmer.stem = lru_cache(WORDS)(stemmer.stem)
+    return tokenizer
 
 
 def rouge_by_row(predictions: Sequence[str], references: Sequence[str]) -> pd.DataFrame:
