@@ -1,4 +1,4 @@
-"""Greedy replies to many prompts at once.
+"""Replies to many prompts at once, greedy or drawn with a seed.
 
 Prompts are answered side by side, those of like length together. What all prompts begin with, such as a system prompt or
 worked examples, is computed once. A row that has ended leaves the batch, and waiting prompts take the free places, so that
@@ -6,15 +6,18 @@ few steps are made for few rows: a step for one row reads the weights just as a 
 
 The rows of a batch have caches of one width. A prompt shorter than its neighbours leaves columns of the caches unused; each
 token's true position is kept beside the caches, from which the attention masks are made. So no padding is ever attended to,
-and a reply is the one that its prompt gets alone, but for the rounding of the arithmetic.
+and a reply is the one that its prompt gets alone, but for the rounding of the arithmetic. A reply that is drawn has a random
+generator of its own, for the same reason.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +26,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.generate import BatchGenerator, wired_limit
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from numpy.typing import NDArray
 
 from finetune_dataflow.engine.chat import ChatEncoder
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.progress import Bar
-from finetune_dataflow.engine.settings import GenerationSettings
+from finetune_dataflow.engine.reply_store import Reply, ReplyStore, prompt_hash
+from finetune_dataflow.engine.settings import GenerationSettings, require
 from finetune_dataflow.errors import UserError
 
 SHARED_LEAST = 16  # a beginning that all prompts share is computed once from this many tokens
@@ -37,82 +42,216 @@ GROWTH = 64  # the caches' width is a multiple of this
 DEAD_SHARE = 8  # ended rows are taken out of the batch when they are one in so many
 ADMITTED_SHARE = 4  # waiting prompts are taken in when one in so many places is free
 
+_NOT_FINITE = -1  # in place of a token whose logits are not numbers
 _HIDDEN = np.iinfo(np.int32).max  # the position of a column that holds nothing of its row
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Reply:
-    """A generated reply: its tokens without the stop token, and whether it ended by itself within max_tokens."""
-
-    token_ids: tuple[int, ...]
-    ended: bool
-
-
-def greedy_replies(
+def replies(
     base_model_path: Path,
     adapter_path: Path | None,
     prompts: Sequence[Sequence[int]],
     encoder: ChatEncoder,
     settings: GenerationSettings,
+    store: ReplyStore | None = None,
 ) -> list[Reply]:
-    """The greedy reply to each prompt, in the prompts' order; the tuned model's where an adapter is given."""
-    model = load_model(base_model_path, adapter_path)
-    return replies_of(model, prompts, encoder, settings, "tuned replies" if adapter_path else "base replies")
+    """The reply to each prompt, in the prompts' order; the tuned model's where an adapter is given.
+
+    store: what is taken from it is not generated; the rest is added to it, each reply as soon as it is complete. Its key is
+    that of `store_key`. The model is loaded only where a reply is missing. Raises UserError as `replies_of` does.
+    """
+    description = "tuned replies" if adapter_path else "base replies"
+    return _replies(lambda: load_model(base_model_path, adapter_path), prompts, encoder, settings, description, store)
 
 
 def replies_of(
     model: nn.Module, prompts: Sequence[Sequence[int]], encoder: ChatEncoder, settings: GenerationSettings, description: str
 ) -> list[Reply]:
-    """The greedy reply of a loaded model to each prompt, in the prompts' order.
+    """The reply of a loaded model to each prompt, in the prompts' order.
 
-    They are those of decoding one by one; where two logits are equal but for rounding, either token may come. Models that
-    keep more than keys and values of their tokens are left to mlx-lm's batch generator. Raises UserError for a prompt
-    without tokens.
+    Greedy ones are those of decoding one by one; where two logits are equal but for rounding, either token may come. Identical
+    prompts are answered once. A drawn reply depends on the model, the settings, its prompt and on how many identical prompts
+    come before it, and on nothing else but rounding; so identical prompts get different replies. Models that keep more than
+    keys and values of their tokens are left to mlx-lm's batch generator.
+    Raises UserError for a prompt without tokens; where replies are drawn, also for a top_k that is not below the number of
+    tokens that the model knows, and for logits that are not finite.
     """
-    empty = [index for index, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty:
-        raise UserError(f"Prompt {empty[0] + 1} of {len(prompts)} has no tokens. Expected at least one in every prompt.")
-    collected = _Replies(len(prompts), encoder.stop_ids, settings.max_tokens, Bar(len(prompts), description))
+    return _replies(lambda: model, prompts, encoder, settings, description, None)
+
+
+def store_key(base_model: str, adapter: str, encoder: ChatEncoder, settings: GenerationSettings) -> dict[str, object]:
+    """What replies depend on besides their prompts, as `ReplyStore.opened` takes it.
+
+    base_model, adapter: the fingerprints of their files; an empty one for no adapter.
+    """
+    return {
+        "base_model": base_model,
+        "adapter": adapter,
+        "stop_ids": sorted(encoder.stop_ids),
+        "decoding": settings.decoding,
+        "device": str(mx.default_device()),  # it decides which type the weights have, and how sums are rounded
+    }
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A reply that is asked for.
+
+    digest: the prompt's hash. occurrence: how many identical prompts come before; 0 in greedy decoding, where they share their
+    reply. places: which of the prompts it answers.
+    """
+
+    prompt: Sequence[int]
+    digest: str
+    occurrence: int
+    places: list[int]
+
+
+def _requests(prompts: Sequence[Sequence[int]], greedy: bool) -> list[_Request]:
+    """The replies that the prompts ask for, each once. UserError for a prompt without tokens."""
+    asked: dict[tuple[str, int], _Request] = {}
+    before: Counter[str] = Counter()
+    for place, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise UserError(f"Prompt {place + 1} of {len(prompts)} has no tokens. Expected at least one in every prompt.")
+        digest = prompt_hash(prompt)
+        occurrence = 0 if greedy else before[digest]
+        before[digest] += 1
+        asked.setdefault((digest, occurrence), _Request(prompt, digest, occurrence, [])).places.append(place)
+    return list(asked.values())
+
+
+def _replies(
+    load: Callable[[], nn.Module],
+    prompts: Sequence[Sequence[int]],
+    encoder: ChatEncoder,
+    settings: GenerationSettings,
+    description: str,
+    store: ReplyStore | None,
+) -> list[Reply]:
+    """Those that the store has, and those of the model that `load` gives, which is called where one is missing."""
+    answers: dict[int, Reply] = {}
+    missing = []
+    for request in _requests(prompts, settings.greedy):
+        known = None if store is None else store.get(request.prompt, request.occurrence)
+        if known is None:
+            missing.append(request)
+        else:
+            answers.update(dict.fromkeys(request.places, known))
+    if answers:
+        _log.info("%s: %d of %d replies taken from an earlier run.", description, len(answers), len(prompts))
+    if missing:
+        model = load()
+        collected = _Replies(missing, encoder.stop_ids, settings.max_tokens, Bar(len(prompts), description, len(answers)), store)
+        _generate(model, collected, settings, description)
+        for request, reply in zip(missing, collected.closed(), strict=True):
+            answers.update(dict.fromkeys(request.places, reply))
+    return [answers[place] for place in range(len(prompts))]
+
+
+def _generate(model: nn.Module, collected: _Replies, settings: GenerationSettings, description: str) -> None:
+    """Complete all replies."""
+    sampler = None if settings.greedy else _Sampler(settings, collected.requests)
     caches = _empty_caches(model)
     if isinstance(caches, str):
         _log.info("%s: this model's layers keep a %s; its replies come from mlx-lm's batch generator.", description, caches)
-        _generate_by_mlx_lm(model, prompts, collected, settings)
+        _generate_by_mlx_lm(model, collected, settings, sampler)
     else:
         with wired_limit(model):
-            _Decoder(model, caches, prompts, collected, settings.generation_batch_size).run()
-    return collected.closed()
+            _Decoder(model, caches, collected, settings.generation_batch_size, sampler).run()
 
 
 class _Replies:
-    """The replies so far."""
+    """The replies so far, each added to the store, where there is one, when it is complete."""
 
-    def __init__(self, count: int, stop_ids: Iterable[int], most: int, bar: Bar) -> None:
-        self.most = most
+    def __init__(
+        self, requests: Sequence[_Request], stop_ids: Iterable[int], most: int, bar: Bar, store: ReplyStore | None
+    ) -> None:
+        self.requests, self.most = requests, most
         self.stop_ids = frozenset(stop_ids)
-        self._tokens: list[list[int]] = [[] for _ in range(count)]
-        self._ended = [False] * count
-        self._bar = bar
+        self._tokens: list[list[int]] = [[] for _ in requests]
+        self._ended = [False] * len(requests)
+        self._bar, self._store = bar, store
+
+    def length(self, index: int) -> int:
+        """How many tokens the reply has."""
+        return len(self._tokens[index])
 
     def left(self, index: int) -> int:
         """How many tokens the reply may still get."""
-        return self.most - len(self._tokens[index])
+        return self.most - self.length(index)
 
     def add(self, index: int, token: int) -> bool:
         """Add a token, or note that it ends the reply; whether the reply is complete."""
+        if token == _NOT_FINITE:
+            raise UserError("The model's logits are not finite. Its weights are damaged, or too large.")
         if token in self.stop_ids:
             self._ended[index] = True
         else:
             self._tokens[index].append(token)
         complete = self._ended[index] or not self.left(index)
         if complete:
-            self._bar.advance()
+            request = self.requests[index]
+            if self._store is not None:
+                self._store.add(request.prompt, self._reply(index), request.occurrence)
+            self._bar.advance(len(request.places))
         return complete
 
     def closed(self) -> list[Reply]:
         """All replies, when all are complete."""
         self._bar.close()
-        return [Reply(tuple(tokens), ended) for tokens, ended in zip(self._tokens, self._ended, strict=True)]
+        return [self._reply(index) for index in range(len(self.requests))]
+
+    def _reply(self, index: int) -> Reply:
+        return Reply(tuple(self._tokens[index]), self._ended[index])
+
+
+class _Sampler:
+    """Draws tokens, each with a key of its own, made of random_state, the prompt, its occurrence and the token's number.
+
+    The filters are mlx-lm's, in its order: top_p, min_p, top_k, and the temperature after them.
+    """
+
+    def __init__(self, settings: GenerationSettings, requests: Sequence[_Request]) -> None:
+        self._settings = settings
+        self._seeds = [f"{settings.random_state}:{each.digest}:{each.occurrence}" for each in requests]
+
+    def draw(self, logits: mx.array, rows: Iterable[tuple[int, int]]) -> mx.array:
+        """A token of each row of logits [rows, vocabulary], int32 [rows]; _NOT_FINITE where the logits are no numbers.
+
+        rows: the request that each row belongs to, -1 for none, and how many tokens its reply has before.
+        """
+        scores = logits.astype(mx.float32)
+        total = mx.logsumexp(scores, axis=-1, keepdims=True)
+        keys = mx.array(np.stack([self._key(*row) for row in rows]))
+        drawn = mx.vmap(_drawn)(self._filtered(scores - total) / self._settings.temperature, keys)
+        return mx.where(mx.isfinite(total[:, 0]), drawn.astype(mx.int32), _NOT_FINITE)
+
+    def one(self, request: int) -> Callable[[mx.array], mx.array]:
+        """What draws one token of a request after another, from logits [1, vocabulary]."""
+        numbers = itertools.count()
+        return lambda logits: self.draw(logits, [(request, next(numbers))])
+
+    def _key(self, request: int, number: int) -> NDArray[np.uint32]:
+        """MLX's random key of a token: the first eight bytes of a SHA-256."""
+        if request < 0:
+            return np.zeros(2, np.uint32)
+        return np.frombuffer(hashlib.sha256(f"{self._seeds[request]}:{number}".encode()).digest()[:8], "<u4").astype(np.uint32)
+
+    def _filtered(self, scores: mx.array) -> mx.array:
+        """Log-probabilities [rows, vocabulary], minus infinity where a filter removes the token."""
+        chosen, known = self._settings, scores.shape[-1]
+        require("top_k", chosen.top_k, chosen.top_k < known, f"a number below the {known} tokens that this model knows, or 0")
+        if 0 < chosen.top_p < 1:
+            scores = apply_top_p(scores, chosen.top_p)
+        if chosen.min_p:
+            scores = apply_min_p(scores, chosen.min_p)
+        return apply_top_k(scores, chosen.top_k) if chosen.top_k else scores
+
+
+def _drawn(scores: mx.array, key: mx.array) -> mx.array:
+    """A token, from the logits [vocabulary] of one row."""
+    return mx.random.categorical(scores, key=key)
 
 
 class _Columns:
@@ -298,14 +437,10 @@ class _Decoder:
     """Answers prompts in one batch that shrinks and is filled up again."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        caches: list[_Cache],
-        prompts: Sequence[Sequence[int]],
-        replies: _Replies,
-        batch_size: int,
+        self, model: nn.Module, caches: list[_Cache], replies: _Replies, batch_size: int, sampler: _Sampler | None
     ) -> None:
-        self._model, self._prompts, self._replies, self._size = model, prompts, replies, batch_size
+        self._model, self._replies, self._size, self._sampler = model, replies, batch_size, sampler
+        self._prompts = prompts = [request.prompt for request in replies.requests]
         # The longest first: what does not fit into memory fails at the start.
         self._waiting = deque(sorted(range(len(prompts)), key=lambda index: -len(prompts[index])))
         self._columns, self._caches = caches[0].columns, caches
@@ -379,7 +514,7 @@ class _Decoder:
         if len(read) < batch.live or any(self._replies.left(index) > 1 for _, index in read):
             batch.columns.append(live.astype(np.int32), 1)
             logits = self._model(batch.inputs[:, None], cache=batch.caches)
-            following = mx.argmax(logits[:, -1], axis=-1).astype(mx.int32)
+            following = self._chosen(logits[:, -1], batch)
             # The step runs while the tokens before it are looked at.
             mx.async_eval(following)
         indices = batch.indices.copy()
@@ -393,6 +528,17 @@ class _Decoder:
             return None
         ended = len(indices) - after.live
         return after.compact() if ended * DEAD_SHARE >= len(indices) and ended else after
+
+    def _chosen(self, logits: mx.array, batch: _Batch) -> mx.array:
+        """The tokens that follow the batch's inputs, int32 [rows], from logits [rows, vocabulary]."""
+        if self._sampler is None:
+            return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return self._sampler.draw(logits, self._places(batch))
+
+    def _places(self, batch: _Batch) -> Iterator[tuple[int, int]]:
+        """Each row's request, and how many tokens its reply has with the one that is unread."""
+        for index, unread in zip(batch.indices.tolist(), batch.unread.tolist(), strict=True):
+            yield index, self._replies.length(index) + unread if index >= 0 else 0
 
 
 def shared_beginning(prompts: Sequence[Sequence[int]]) -> int:
@@ -421,10 +567,9 @@ def _empty_caches(model: nn.Module) -> list[_Cache] | str:
     return caches
 
 
-def _generate_by_mlx_lm(
-    model: nn.Module, prompts: Sequence[Sequence[int]], replies: _Replies, settings: GenerationSettings
-) -> None:
-    """Let mlx-lm's batch generator answer the prompts."""
+def _generate_by_mlx_lm(model: nn.Module, replies: _Replies, settings: GenerationSettings, sampler: _Sampler | None) -> None:
+    """Let mlx-lm's batch generator complete the replies."""
+    prompts = [request.prompt for request in replies.requests]
     generator = BatchGenerator(
         model,
         max_tokens=settings.max_tokens,
@@ -435,7 +580,10 @@ def _generate_by_mlx_lm(
     )
     # Prompts of like length stand together, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    place_of = dict(zip(generator.insert([[int(each) for each in prompts[index]] for index in order]), order, strict=True))
+    # It calls a row's sampler once for each token of the row.
+    samplers = None if sampler is None else [sampler.one(index) for index in order]
+    numbers = generator.insert([[int(each) for each in prompts[index]] for index in order], samplers=samplers)
+    place_of = dict(zip(numbers, order, strict=True))
     while responses := generator.next_generated():
         for response in responses:
             replies.add(place_of[response.uid], response.token)

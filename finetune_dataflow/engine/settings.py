@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 from finetune_dataflow.errors import UserError, nearest
 
 SMALLEST_SHARE = 1e-6
 LongRows = Literal["truncate_prompt", "drop", "error"]
+Scoring: TypeAlias = Callable[[list[str], list[str]], Sequence[float]]  # replies and references to a score a row
 
 
 @dataclass(frozen=True)
@@ -117,17 +119,73 @@ class QuantizationSettings:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How replies are generated for the evaluation: greedy, in batches."""
+    """How replies are generated for the evaluation, in batches.
+
+    max_tokens: the longest reply. temperature: 0 for the most probable token every time, which the filters and the seed do not
+    change. top_p: the share of probability that is kept, 0 or 1 for all. top_k: the number of tokens kept, 0 for all. min_p:
+    the smallest probability kept, as a share of the highest. random_state: the seed of each reply's own random generator.
+    """
+
+    LOWEST_TEMPERATURE: ClassVar[float] = 1e-3  # as of the answer that is streamed
 
     max_tokens: int
     generation_batch_size: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    random_state: int = 0
 
     def __post_init__(self) -> None:
-        """Raise UserError for a size below 1."""
-        whole = "a whole number, 1 or more"
+        """Raise UserError naming every value out of range."""
+        whole, share, seed = "a whole number, 1 or more", "a share from 0 to 1", self.random_state
+        lowest, temperature = self.LOWEST_TEMPERATURE, self.temperature
+        warm = f"0 for the most probable token, or a number from {lowest}"
         all_of(
             lambda: require("max_tokens", self.max_tokens, self.max_tokens >= 1, whole),
             lambda: require("generation_batch_size", self.generation_batch_size, self.generation_batch_size >= 1, whole),
+            lambda: require("temperature", temperature, temperature == 0 or lowest <= temperature < math.inf, warm),
+            lambda: require("top_p", self.top_p, 0 <= self.top_p <= 1, share),
+            lambda: require("top_k", self.top_k, self.top_k >= 0, "a number of tokens, or 0 for all"),
+            lambda: require("min_p", self.min_p, 0 <= self.min_p <= 1, share),
+            lambda: require("random_state", seed, 0 <= seed < 2**32, "a whole number from 0 to 4294967295"),
+        )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether every token is the most probable one."""
+        return self.temperature == 0
+
+    @property
+    def decoding(self) -> dict[str, float]:
+        """What changes replies: not the batch size, and of greedy replies not the filters and the seed."""
+        every: dict[str, float] = {"max_tokens": self.max_tokens, "temperature": float(self.temperature)}
+        if not self.greedy:
+            every |= {"top_p": float(self.top_p), "top_k": self.top_k, "min_p": float(self.min_p)}
+            every |= {"random_state": self.random_state}
+        return every
+
+
+@dataclass(frozen=True)
+class MetricSettings:
+    """How replies are scored. metrics: the user's further ones, by name; bleu_tokenizer: as sacrebleu names it.
+
+    code: a fingerprint of each of these metrics' files.
+    """
+
+    TOKENIZERS: ClassVar[tuple[str, ...]] = ("13a", "zh", "intl", "char")
+
+    metrics: tuple[str, ...] = ()
+    bleu_tokenizer: str = "13a"
+    code: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise UserError naming every value out of range."""
+        known = self.TOKENIZERS
+        once = len({*self.metrics}) == len(self.metrics)
+        all_of(
+            lambda: require("metrics", list(self.metrics), once, "each metric once"),
+            lambda: require("bleu_tokenizer", self.bleu_tokenizer, self.bleu_tokenizer in known, f"one of {', '.join(known)}"),
         )
 
 
