@@ -8,7 +8,7 @@ FIND := for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test test-full bench env graph clean
+.PHONY: run test test-full bench env graph screenshots clean
 
 run: $(VENV)/base
 	$(PY) run.py
@@ -16,7 +16,7 @@ run: $(VENV)/base
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples tests tests_full
+	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples docs/screenshots.py tests tests_full
 	$(PY) -m pytest tests
 
 test-full: $(VENV)/dev
@@ -32,6 +32,11 @@ graph: $(VENV)/base
 	$(PY) run.py graph --start base --out docs/dag-base.svg
 	$(PY) run.py graph --start presaved --out docs/dag-presaved.svg
 	$(PY) run.py inputs --markdown > docs/inputs.md
+
+# The pictures in docs/ of the report and the terminal, from a run of the example.
+screenshots: $(VENV)/dev
+	$(PY) run.py --out runs/screenshots
+	$(PY) docs/screenshots.py runs/screenshots
 
 $(VENV)/bin/python:
 	@python=$$($(FIND)); \

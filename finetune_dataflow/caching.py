@@ -71,6 +71,8 @@ def _parts(value: object) -> Iterator[bytes]:
         yield from _mlx_array(value)
     elif _is(value, "mlx.nn", "Module"):
         yield from _model(value)
+    elif _is(value, "plotly.basedatatypes", "BaseFigure"):
+        yield value.to_json().encode()  # type: ignore[attr-defined]  # by its name a figure
     elif _is(value, "tokenizers", "Tokenizer"):
         yield value.to_str().encode()  # type: ignore[attr-defined]  # by its name a tokenizer
     elif _is(value, "mlx_lm", "TokenizerWrapper"):

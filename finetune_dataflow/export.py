@@ -47,10 +47,18 @@ def predictions_file(run_directory: Path, hold_out_predictions: pd.DataFrame) ->
 
 
 @computed_anew
+def dag_file(run_directory: Path, dag_drawing: str) -> Path:
+    """dag.svg: this graph."""
+    return engine.files.write_text(run_directory / "dag.svg", dag_drawing)
+
+
+@computed_anew
 def metrics_file(
     run_directory: Path,
     run_metrics: dict[str, Any],
     predictions_file: Path,
+    report_file: Path,
+    dag_file: Path,
     row_ledger_file: Path,
     config_file: Path,
     label_audit_file: Path,

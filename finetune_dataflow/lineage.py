@@ -18,8 +18,10 @@ from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.settings import (
     GenerationSettings,
+    MetricSettings,
     PromptSettings,
     QuantizationSettings,
+    Scoring,
     SplitSettings,
     TokenizationSettings,
 )
@@ -104,24 +106,41 @@ def run_directory__presaved(run_identity: RunIdentity, output_dir: str = "") -> 
 
 
 def evaluation_identity(
-    generation_settings: GenerationSettings, validation_tokens: TokenColumns, hold_out_tokens: TokenColumns
+    generation_settings: GenerationSettings,
+    metric_settings: MetricSettings,
+    own_metrics: dict[str, Scoring],
+    validation_tokens: TokenColumns,
+    hold_out_tokens: TokenColumns,
 ) -> dict[str, Any]:
-    """What makes an evaluation this one and no other: how replies are generated, and the rows that are answered."""
+    """What makes an evaluation this one and no other: how replies are generated and scored, and the rows that are answered."""
     return {
         **asdict(generation_settings),
+        **_metric_values(metric_settings),
+        "code_of_metrics": [*metric_settings.code],
+        "own_metrics": engine.metric_code.of_functions(own_metrics),
         "validation_set": validation_tokens.fingerprint(),
         "hold_out_set": hold_out_tokens.fingerprint(),
     }
 
 
+def _metric_values(settings: MetricSettings) -> dict[str, Any]:
+    return {"metrics": list(settings.metrics), "bleu_tokenizer": settings.bleu_tokenizer}
+
+
 @computed_anew
 def config_file(
-    run_directory: Path, run_identity: RunIdentity, generation_settings: GenerationSettings, evaluated_adapter: Path
+    run_directory: Path,
+    run_identity: RunIdentity,
+    generation_settings: GenerationSettings,
+    metric_settings: MetricSettings,
+    evaluated_adapter: Path,
 ) -> Path:
     """config.yaml: every input of the run with its value, defaults included, as `-c` takes it."""
     presaved = "adapter" in run_identity.fingerprints
     start = {"start": "presaved", "adapter_path": str(evaluated_adapter)} if presaved else {"start": "base"}
-    values = {**start, **run_identity.names, **run_identity.settings, **run_identity.unbinding, **asdict(generation_settings)}
+    of_run = {**run_identity.names, **run_identity.settings, **run_identity.unbinding}
+    of_replies = {**asdict(generation_settings), **_metric_values(metric_settings)}
+    values = {**start, **of_replies, **of_run}  # the seed is the run's, which that of greedy replies is not
     return engine.files.write_if_changed(
         run_directory / "config.yaml",
         yaml.safe_dump(values, sort_keys=False),

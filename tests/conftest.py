@@ -16,6 +16,15 @@ WORDS = ("amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath",
          "ivory", "jasper", "karst", "larch", "maple", "north", "ocean", "pearl")  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def replies_of_no_other_test(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test generates its own replies: those of others, and of this machine's user, are out of reach."""
+    from finetune_dataflow import generation
+
+    directory = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(generation, "user_cache_directory", lambda: directory)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a random two-layer llama."""

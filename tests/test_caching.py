@@ -183,9 +183,9 @@ def test_the_version_of_a_node_covers_every_module_that_it_runs(inputs: dict[str
 
 
 def test_a_version_covers_what_a_function_uses_and_not_the_rest(tmp_path: Path) -> None:
-    nodes = {name: getattr(finetune_dataflow, name) for name in ("rouge", "base_losses", "split_settings", "verdict")}
+    nodes = {name: getattr(finetune_dataflow, name) for name in ("reply_scores", "base_losses", "split_settings", "verdict")}
     modules = {name: {each.rpartition(".")[2] for each in code_of(function)[1]} for name, function in nodes.items()}
-    assert "rouge" in modules["rouge"] and "losses" not in modules["rouge"]
+    assert "rouge" in modules["reply_scores"] and "losses" not in modules["reply_scores"]
     assert {"losses", "models", "heads", "tokens"} <= modules["base_losses"] and "rouge" not in modules["base_losses"]
     assert modules["split_settings"] >= {"settings", "errors"} and "chat" not in modules["split_settings"]
     assert len({code_version(function) for function in nodes.values()}) == 4

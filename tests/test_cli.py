@@ -238,12 +238,16 @@ def test_the_main_job_then_its_adapter_evaluated_alone(
     names = {path.name for path in run.iterdir()}
     assert names == {
         "adapters", "adapters-last", "config.yaml", "metrics.json", "metrics.jsonl", "predictions.jsonl",
-        "label_audit.html", "hold_out_inputs.txt", "row_ledger.jsonl", "lineage.json", "dag.svg", ".lock",
+        "label_audit.html", "hold_out_inputs.txt", "row_ledger.jsonl", "lineage.json", "dag.svg", "report.html", ".lock",
     }  # fmt: skip
     metrics = json.loads((run / "metrics.json").read_text())
     for group in (metrics, metrics["validation"]):
-        assert set(group["base"]) == set(group["finetuned"]) == {"rouge1", "rouge2", "rougeL", "rougeLsum", "loss", "perplexity"}
-        assert set(group["difference"]["rougeL"]) == {"mean", "low", "high"}
+        assert set(group["base"]) == set(group["finetuned"]) == {
+            "rouge1", "rouge2", "rougeL", "rougeLsum", "exact_match", "token_f1", "chrf", "bleu", "length_ratio", "token_limit",
+            "loss", "perplexity",
+        }  # fmt: skip
+        assert set(group["difference"]["rougeL"]) == {"mean", "low", "high", "p_value", "rows_needed"}
+        assert sum(group["outcomes"]["rougeL"].values()) == 6
     assert metrics["rows_in"] == 60 == sum(metrics[f"{name}_rows"] for name in ("train", "validation", "hold_out", "dropped"))
     ledger = [json.loads(line) for line in (run / "row_ledger.jsonl").read_text().splitlines()]
     assert [entry["row"] for entry in ledger] == list(range(1, 61))
@@ -265,7 +269,7 @@ def test_the_same_command_again_shows_the_result_and_computes_nothing(
     first = capsys.readouterr().out
     from finetune_dataflow.engine import generation, losses, training
 
-    for module, name in ((training, "fit"), (generation, "greedy_replies"), (losses, "losses_by_row")):
+    for module, name in ((training, "fit"), (generation, "replies"), (losses, "losses_by_row")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("computed again"))
     assert main(words(good)) == 0
     second = capsys.readouterr().out

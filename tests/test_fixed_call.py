@@ -89,7 +89,7 @@ def test_a_set_can_be_overridden(inputs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "name",
     ["records", "row_sides", "train_set", "train_conversations", "train_tokens", "base_model_path", "fit_settings",
-     "run_identity", "evaluated_adapter", "hold_out_tuned_replies", "hold_out_base_rouge", "verdict"],
+     "run_identity", "evaluated_adapter", "hold_out_tuned_replies", "hold_out_base_scores", "verdict"],
 )  # fmt: skip
 def test_any_node_can_be_overridden_by_its_own_value(name: str, inputs: dict[str, Any], tmp_path: Path) -> None:
     value = built("base").execute([name], inputs=inputs)[name]

@@ -36,7 +36,7 @@ def test_every_node_is_documented_and_fits_a_screen(start: str) -> None:
                 body = inspect.getsource(function)
                 code = re.sub(r'"""(.|\n)*?"""', "", body).strip().splitlines()
                 assert len(code) <= 50, f"{node.name} is {len(code)} lines long"
-            unfilled = re.findall(r"{(rows|tokens|replies|conversations|base_rouge|tuned_rouge)}", node.documentation or "")
+            unfilled = re.findall(r"{(rows|tokens|replies|conversations|base_scores|tuned_scores)}", node.documentation or "")
             assert not unfilled, f"{node.name}: an unfilled name in its documentation"
 
 

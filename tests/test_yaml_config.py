@@ -254,7 +254,7 @@ REFUSED = {
     "eval_proportion_of_total: 0.25": "eval_proportion_of_total=0.25 is refused. Say in val_batches",
     "eos_token: <|end|>": "eos_token='<|end|>' is refused.",
     "use_dora: true": "use_dora=True is refused. Say fine_tune_type: dora.",
-    "top_p: 0.9": "top_p=0.9 is refused. Replies are generated greedily",
+    "repetition_penalty: 1.1": "repetition_penalty=1.1 is refused. Only the command prompt takes it",
     "train: true\ntest: true\ntest_batches: 500": "test_batches=500 is refused. The hold-out is evaluated whole",
     "train: false": "There is nothing to do: train is false, and test is not true.",
     "train: false\ntest: false": "There is nothing to do",

@@ -29,6 +29,7 @@ CHANGES: dict[str, Any] = {
     "batch_size": 8,
     "best_metric": "rougeL",
     "best_metric_rows": 3,
+    "bleu_tokenizer": "char",
     "build_prompt": None,
     "clear_cache_threshold": 0,
     "colorize": True,
@@ -66,6 +67,8 @@ CHANGES: dict[str, Any] = {
     "max_grad_norm": 0.1,
     "max_seq_length": 64,
     "max_tokens": 5,
+    "metrics": ["{place}/own.py:length"],
+    "min_p": None,
     "model_id": "{place}/other-model",
     "near_duplicates": "keep",
     "num_layers": 1,
@@ -79,6 +82,7 @@ CHANGES: dict[str, Any] = {
     "quantize_bits": 4,
     "quantize_group_size": None,
     "random_state": 2,
+    "reuse_replies": False,
     "response_template": "A: {{response}}",
     "resume_adapter_file": "{place}/weights.safetensors",
     "row_shape": "key_mapping",
@@ -89,6 +93,9 @@ CHANGES: dict[str, Any] = {
     "steps_per_report": 2,
     "strict": True,
     "system_prompt": "Be brief.",
+    "temperature": 0.7,
+    "top_k": None,
+    "top_p": None,
     "train_size": 0.7,
     "train_type": "self-supervised",
     "use_rslora": True,
@@ -108,6 +115,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
     "context_template": {"context_key": "more", "context_template": "({{context}})"},
     "iters": {"epochs": None, "iters": 5},
     "quantize_group_size": {"quantize_bits": 4, "quantize_group_size": 32},
+    "min_p": {"temperature": 0.7, "min_p": 0.2},
+    "top_k": {"temperature": 0.7, "top_k": 5},
+    "top_p": {"temperature": 0.7, "top_p": 0.5},
     "loom_file": {"loom_file": "{place}/loom.toml", "build_prompt": "system question"},
     "build_prompt": {"loom_file": "{place}/loom.toml", "build_prompt": "other question"},
     "loom_markers": {"loom_file": "{place}/loom.toml", "build_prompt": "marked question", "loom_markers": "mood=[kind]"},
@@ -133,6 +143,7 @@ _m = ["input"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("every-input")
     (directory / "rows.json").write_text(json.dumps(ROWS))
+    (directory / "own.py").write_text("def length(predictions, references):\n    return [len(each) for each in predictions]\n")
     (directory / "other.json").write_text(json.dumps(ROWS[5:]))
     (directory / "shots.json").write_text(json.dumps([{"input": "How?", "output": "So."}, {"input": "Why?", "output": "Thus."}]))
     (directory / "loom.toml").write_text(LOOM)
@@ -201,8 +212,8 @@ def test_what_depends_on_a_changed_input_runs_again_and_nothing_else(
 
 
 HELPERS = {
-    "rouge": ({"validation_base_rouge", "hold_out_tuned_rouge"}, {"finished_fit", "train_tokens", "hold_out_base_replies"}),
-    "statistics": ({"hold_out_comparison"}, {"finished_fit", "train_tokens", "hold_out_base_rouge", "hold_out_base_replies"}),
+    "rouge": ({"validation_base_scores", "hold_out_tuned_scores"}, {"finished_fit", "train_tokens", "hold_out_base_replies"}),
+    "paired": ({"hold_out_comparison"}, {"finished_fit", "train_tokens", "hold_out_base_scores", "hold_out_base_replies"}),
     "quality": ({"data_quality"}, {"train_tokens", "records", "hold_out_base_replies"}),
 }
 

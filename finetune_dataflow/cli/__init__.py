@@ -19,6 +19,9 @@ commands:
   evaluate   evaluate an adapter that was saved before: --adapter DIR
   plan       everything before the fit: what was read, the split, the data's quality, what is learned
              (--probe: try a few updates, and say what memory and time the fit will take)
+  prompt     one prompt to the base or a tuned model, or a conversation: -p TEXT, -a ADAPTER or --run DIR, --compare
+             (prompt --help: its own options)
+  compare    finished or unfinished runs side by side: RUN RUN ... [--out FILE.html]
   prepare    write the prepared data for another trainer: --to mlx|hf|parquet --out DIR (docs/prepare.md)
   inputs     every input with its type, default and meaning (--markdown: as a table)
   convert    weights of mlx-tuning-fork or old mlx-lm as safetensors: ADAPTERS.npz ADAPTERS.safetensors
@@ -34,12 +37,12 @@ options of train, evaluate, plan and prepare:
   --start base|presaved        fit, then evaluate (default), or evaluate the adapter in --adapter-path
   --out DIR                    the directory of the run (default: runs/<data file>-<fingerprint>)
   --module FILE                a Python file whose functions are added to the graph or take the place of its nodes
-  --no-cache                   compute everything, whatever earlier runs left in the user's cache directory
+  --no-cache                   compute everything, whatever earlier runs left in the user's cache directory, and keep no replies
   --allow-code                 let a YAML replace nodes by functions that it names
   -h, --help                   this text
 """
 
-COMMANDS = ("train", "evaluate", "plan", "prepare", "inputs", "convert", "graph")
+COMMANDS = ("train", "evaluate", "plan", "prompt", "compare", "prepare", "inputs", "convert", "graph")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["prompt"]:  # these two have a help of their own
+        from finetune_dataflow.cli.prompt import prompt
+
+        return prompt(arguments[1:])
+    if arguments[:1] == ["compare"]:
+        from finetune_dataflow.cli.compare import compare
+
+        return compare(arguments[1:])
     if "-h" in arguments or "--help" in arguments or arguments[:1] == ["help"]:
         print(USAGE, end="")
         return 0

@@ -14,12 +14,9 @@ from finetune_dataflow.start import STARTS
 
 def dot_source(start: str, modules: Sequence[ModuleType] = ()) -> str:
     """The graph that `start` names in Graphviz's DOT language, the same on every call."""
-    picture = build_driver(start, modules).display_all_functions(
-        deduplicate_inputs=True,
-        show_legend=False,
-        graphviz_kwargs={"graph_attr": {"ranksep": "0.4", "nodesep": "0.15"}},
-    )
-    return engine.drawing.stable(picture.source)
+    from finetune_dataflow.report import graph_source
+
+    return graph_source(build_driver(start, modules))
 
 
 def draw(arguments: Sequence[str]) -> int:

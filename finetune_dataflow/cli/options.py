@@ -40,6 +40,7 @@ ALIASES = {
     "out": "output_dir",
     "prompt_feature": "input_text_key",
     "seed": "random_state",
+    "temp": "temperature",
 }
 GONE = {"model_id_tokenizer": "Name the model in model_id: its directory holds its tokenizer."}
 REQUIRED = inspect.Parameter.empty
@@ -258,6 +259,8 @@ def _resolved(
     inputs = _over(_taken(below, graph, notes), _taken(above, graph, notes))
     with notes.collecting(label):
         _settle_alpha(inputs, label, notes)
+    if not line.cached:
+        inputs = {"reuse_replies": False, **inputs}
     if len(notes.problems) == found:
         inputs = inputs if "data_path" in inputs else _with_example(inputs)
         missing = [each for each in graph.inputs.values() if each.default is REQUIRED and each.name not in inputs]

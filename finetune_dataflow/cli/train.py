@@ -26,10 +26,6 @@ RESULTS = [
     "save_best_models", "hold_out_set_predictions", "finetuned_model_on_validation_set",
     "training_and_validation_set_metrics", "config_file", "metrics_file", "run_metrics", "lineage_file",
 ]  # fmt: skip
-NAMES = {
-    "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", "rougeLsum": "ROUGE-Lsum",
-    "loss": "loss (nats)", "perplexity": "perplexity",
-}  # fmt: skip
 
 
 def train(arguments: Sequence[str], start: str | None = None) -> int:
@@ -129,8 +125,7 @@ def _run(options: Options) -> Path:
             dr.execute(["save_best_models"], inputs=options.inputs, overrides=prepared)  # what is asked for besides, or is gone
         else:
             print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
-            metrics = dr.execute(RESULTS, inputs=options.inputs, overrides=prepared)["run_metrics"]
-            engine.files.write_text(directory / "dag.svg", engine.drawing.svg(dot_source(options.start, options.modules)))
+            metrics = dr.execute(RESULTS, inputs=options.inputs, overrides=prepared | drawn(options))["run_metrics"]
         print(table(metrics))
         print(f"\n{metrics['verdict']}\n")
         print(whereabouts(directory, metrics))
@@ -139,6 +134,11 @@ def _run(options: Options) -> Path:
             reply = dr.execute(["prompt_reply"], inputs=options.inputs, overrides=overrides)["prompt_reply"]
             print("\n" + "\n".join(reply_lines(reply, engine.colors.wants_color(sys.stdout))))
     return directory
+
+
+def drawn(options: Options) -> dict[str, Any]:
+    """The drawing of the graph where it holds a user's own nodes; the graph's own node draws only ours."""
+    return {"dag_drawing": engine.drawing.svg(dot_source(options.start, options.modules))} if options.modules else {}
 
 
 def prepared_by(options: Options) -> list[str]:
@@ -209,11 +209,12 @@ def rows_line(ledger: Any) -> str:
 
 def table(metrics: dict[str, Any]) -> str:
     """The hold-out's scores of base and tuned model side by side, with the difference and its interval."""
-    lines = [f"{'':14}{'base':>9}{'tuned':>9}   tuned - base (95 % interval)"]
-    for key, name in NAMES.items():
-        line = f"{name:14}{metrics['base'][key]:9.3f}{metrics['finetuned'][key]:9.3f}"
-        if key in metrics["difference"]:
-            interval = metrics["difference"][key]
+    scores = [*engine.comparison.score_lines(metrics)]
+    wide = max(len(label) for label, *_ in scores) + 1
+    lines = [f"{'':{wide}}{'base':>9}{'tuned':>9}   tuned - base (95 % interval)"]
+    for label, base, tuned, interval in scores:
+        line = f"{label:{wide}}{base:9.3f}{tuned:9.3f}"
+        if interval is not None:
             line += f"   {interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
         lines.append(line)
     return "\n".join([f"Scores on {metrics['hold_out_rows']} hold-out rows, which no choice was made on:", *lines])
@@ -222,7 +223,7 @@ def table(metrics: dict[str, Any]) -> str:
 def whereabouts(directory: Path, metrics: dict[str, Any]) -> str:
     """Where the results are, and what the fit took."""
     if metrics["fit"] is None:
-        return f"Everything of this evaluation is in {directory}."
+        return f"The report is {directory / 'report.html'}; everything of this evaluation is in {directory}."
     fit = metrics["fit"]
     best = (
         f"best after update {fit['best_step']} of {fit['steps']}"
@@ -232,5 +233,6 @@ def whereabouts(directory: Path, metrics: dict[str, Any]) -> str:
     return (
         f"Fit: validation loss {fit['first_validation_loss']:.3f} -> {fit['best_validation_loss']:.3f} ({best}), "
         f"{fit['tokens_per_second']:.0f} tokens/s, peak memory {fit['peak_memory_bytes'] / 2**30:.1f} GiB "
-        f"({fit['device']}).\nThe adapter is in {directory / 'adapters'}; everything of this run in {directory}."
+        f"({fit['device']}).\nThe adapter is in {directory / 'adapters'}, the report is {directory / 'report.html'}; "
+        f"everything of this run is in {directory}."
     )

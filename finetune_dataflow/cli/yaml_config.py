@@ -30,7 +30,7 @@ EXPECTED = {
 UNITS = {"": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
 
 _TRACKING = "Tracking by other services is not built yet: every run writes metrics.jsonl. Leave it out."
-_GREEDY = "Replies are generated greedily, without sampling. Leave it out."
+_PENALTY = "Only the command prompt takes it; replies of the evaluation have none. Leave it out."
 # Keys that are no inputs: the values that change nothing here and are accepted, and why any other is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "adapter_file": ((), "Name a directory in save_adapter_to: the adapter is written there in mlx-lm's layout."),
@@ -43,14 +43,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "Say in prompt_format how a conversation is written, or train on plain text with train_type: self-supervised.",
     ),
-    "min_p": ((0,), _GREEDY),
     "project_name": ((), _TRACKING),
-    "repetition_penalty": ((0, 1), _GREEDY),
+    "repetition_penalty": ((0, 1), _PENALTY),
     "report_to": ((), _TRACKING),
-    "temp": ((0,), _GREEDY),
-    "temperature": ((0,), _GREEDY),
     "text_feature": (("text",), "Name the key in output_text_key, with train_type: self-supervised."),
-    "top_p": ((1,), _GREEDY),
     "training_mode": (("normal",), "Only supervised fine-tuning (normal) is built. Leave it out."),
     "trust_remote_code": ((False,), "Code from a model's directory is never run. Leave it out."),
     "use_dora": ((False,), "Say fine_tune_type: dora."),

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 HISTORY, LINEAGE, METRICS = "metrics.jsonl", "lineage.json", "metrics.json"
 HOLD_OUT_INPUTS = "hold_out_inputs.txt"
+REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
 WEIGHTS = Path("adapters") / "adapters.safetensors"
 OWN_FILES = (
     HISTORY, LINEAGE, METRICS, HOLD_OUT_INPUTS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "label_audit.html",
-    "dag.svg", "adapters", "adapters-last", "model", CHECKPOINTS,
+    "dag.svg", REPORT, "adapters", "adapters-last", "model", CHECKPOINTS,
 )  # fmt: skip
 
 
@@ -170,7 +171,8 @@ def finished_metrics(directory: Path, identity: RunIdentity, evaluation: dict[st
     from finetune_dataflow.engine.adapters import adapter_fingerprint
 
     fitted_here = "adapter" not in identity.fingerprints
-    if _identity_there(directory) != _plain_values(identity) or (fitted_here and not (directory / WEIGHTS).is_file()):
+    needed = [Path(REPORT), *([WEIGHTS] if fitted_here else [])]
+    if _identity_there(directory) != _plain_values(identity) or not all((directory / each).is_file() for each in needed):
         return None
     try:
         lineage = json.loads((directory / LINEAGE).read_text(encoding="utf-8"))
