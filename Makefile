@@ -8,7 +8,7 @@ FIND := for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test test-full bench env graph screenshots clean
+.PHONY: run test test-full browser bench env graph screenshots clean
 
 run: $(VENV)/base
 	$(PY) run.py
@@ -19,8 +19,17 @@ test: $(VENV)/dev
 	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples docs/screenshots.py tests tests_full
 	$(PY) -m pytest tests
 
-test-full: $(VENV)/dev
+test-full: $(VENV)/dev browser
 	$(PY) -m pytest tests_full
+
+# Debian's Chromium for the tests of the report, where it is missing and may be installed; else they are skipped.
+browser:
+	@if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "Installing chromium for the tests of the report."; \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } >/dev/null || \
+	      echo "It could not be installed: the tests of the report in a browser are skipped."; \
+	  else echo "No browser was found (Debian: apt install chromium): the tests of the report in one are skipped."; fi; fi
 
 # This project beside mlx_lm.lora and TRL with PEFT, in an environment of their own: about 40 minutes (docs/performance.md).
 bench: $(VENV)/base $(PEERS)/installed

@@ -100,20 +100,6 @@ def check_settings(chain: Sequence[Options]) -> None:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _in_chain(options: Options, number: int, adapter: Path | None) -> Options:
-    """The options of one of several configurations: a directory of its own, and the adapter before it to start from."""
-    inputs = dict(options.inputs)
-    if "output_dir" in inputs:
-        inputs["output_dir"] = str(Path(inputs["output_dir"]) / str(number))
-    if adapter is not None:
-        if "resume_adapter_file" in inputs:
-            raise UserError(
-                "resume_adapter_file is for the first of several configurations; each later one starts from the one before."
-            )
-        inputs["resume_adapter_file"] = str(adapter)
-    return replace(options, inputs=inputs)
-
-
 def _run(options: Options) -> Path:
     """One run, from the data to its result on the screen; its directory, which nobody else has meanwhile."""
     dr = cached_driver(options)

@@ -133,8 +133,12 @@ def _score_row(name: str, compared: Mapping[str, Mapping[str, Any]], enough: boo
         Cell(f"{difference['mean']:+.3f}", difference["mean"], tone),  # type: ignore[arg-type]  # one of its four
         f"{difference['low']:+.3f} to {difference['high']:+.3f}",
         Cell(said_p(difference["p_value"]).removeprefix("p = ").removeprefix("p "), difference["p_value"]),
-        Cell(" / ".join(f"{outcomes[each]:,}" for each in ("wins", "ties", "losses")), outcomes["wins"] - outcomes["losses"]),
+        None if better is None else _won_and_lost(outcomes),
     ]
+
+
+def _won_and_lost(outcomes: Mapping[str, int]) -> Cell:
+    return Cell(" / ".join(f"{outcomes[each]:,}" for each in ("wins", "ties", "losses")), outcomes["wins"] - outcomes["losses"])
 
 
 def _fit(fit: FitSummary, figures: Mapping[str, go.Figure]) -> Section:
