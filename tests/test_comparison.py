@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,10 @@ def test_what_rouge_cannot_read_is_judged_by_chrf() -> None:
     assert judged(0.1, 0.2, judge="chrf").startswith("The tuned model is better than the base model: its chrF is 0.150 higher")
 
 
+def one_each(predictions: list[str], references: list[str]) -> list[float]:
+    return [1.0 for _ in zip(predictions, references, strict=True)]
+
+
 def test_another_code_of_a_metric_has_another_fingerprint(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     names = [f"{file}:score", "accuracy"]
@@ -142,7 +147,7 @@ def test_another_code_of_a_metric_has_another_fingerprint(tmp_path: Path) -> Non
     assert first == of_files(names) and first[1] == "" and len(first[0]) == 64
     file.write_text("def score(predictions, references): return [2.0 for _ in predictions]")
     assert of_files(names)[0] != first[0]
-    here = of_functions({"one": rows_with, "two": print})
+    here = of_functions({"one": one_each, "two": partial(one_each)})
     assert len(here["one"]) == 64 and here["two"] == ""
 
 
