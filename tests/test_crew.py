@@ -187,6 +187,17 @@ def test_the_parts_of_a_thread_give_the_gradient_of_the_whole(tiny_model: Path, 
         assert apart < 1e-5 * np.linalg.norm(flat(expected))
 
 
+def test_a_part_of_padding_alone_counts_as_nothing(tiny_model: Path, columns: TokenColumns) -> None:
+    model = load_model(tiny_model)
+    make_trainable(model, settings_of(num_layers=2).method)
+    padded = batch(columns, range(5), 8, widths(columns.lengths))  # three lines only pad
+    expected_loss, expected = computed(PLAIN)(model, padded)
+    loss, gradient = gradient_of_parts(in_parts(padded, 8), partial(computed(PLAIN), model), padded.supervised)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert np.linalg.norm(flat(gradient) - flat(expected)) < 1e-5 * np.linalg.norm(flat(expected))
+    assert gradient_of_parts(in_parts(padded, 8)[5:], partial(computed(PLAIN), model), padded.supervised) == (0.0, {})
+
+
 def test_a_crew_s_threads_take_the_items_in_turn(tiny_model: Path) -> None:
     with Crew(load_model(tiny_model), 2) as crew:
         assert crew.in_turn(lambda _, share: list(share), [1, 2, 3, 4, 5]) == [[1, 3, 5], [2, 4]]

@@ -203,6 +203,8 @@ def test_a_file_of_mlx_tuning_fork_gives_every_input(tmp_path: Path, caplog: pyt
         "model_id": "mlx_model",
         "data_path": "data/",
         "max_tokens": 100,
+        "temperature": 0.0,
+        "top_p": 1.0,
         "num_layers": 8,
         "batch_size": 2,
         "epochs": 3.0,
@@ -284,7 +286,7 @@ def test_a_refused_key_that_is_null_counts_as_not_given(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "text",
-    ["trust_remote_code: false", "training_mode: normal", "eval_proportion_of_total: 0", "top_p: 1.0", "wandb_run: null",
+    ["trust_remote_code: false", "training_mode: normal", "eval_proportion_of_total: 0", "repetition_penalty: 1", "wandb_run: null",
      "iters: -1", "epochs: -1", "epochs: null", "lora_parameters: null", "lora_parameters: {rank: null}", "batchsize: null"],
 )  # fmt: skip
 def test_a_value_that_changes_nothing_is_accepted(text: str, tmp_path: Path) -> None:

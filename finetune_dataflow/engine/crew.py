@@ -178,9 +178,14 @@ def _view(value: Any, seen: dict[int, Any]) -> Any:
 def gradient_of_parts(
     parts: Sequence[Part], computed: Callable[[Part], tuple[float, dict[str, Any]]], supervised: int
 ) -> tuple[float, dict[str, Any]]:
-    """Loss and gradient over `supervised` tokens from the means over each part's, one part after another."""
+    """Loss and gradient over `supervised` tokens from the means over each part's, one part after another.
+
+    A part of padding alone has no mean: it counts as nothing, and where all parts are, the gradient is empty.
+    """
     loss, total = 0.0, dict[str, Any]()
     for part in parts:
+        if not part.supervised:
+            continue
         found, gradient = computed(part)
         share = part.supervised / supervised
         loss += found * share

@@ -432,7 +432,7 @@ class _Trial:
                     lambda model, share: gradient_of_parts(share, partial(computed, model), current.supervised),
                     in_parts(current, parts) if parts > 1 else [current],
                 )
-            gradients = [each for _, each in found]
+            gradients = [each for _, each in found if each]
             gradient = weighted_sum([1.0] * len(gradients), gradients) if len(gradients) > 1 else gradients[0]
         if self.accumulation > 1:
             weighted = tree_map(lambda each: each * current.supervised, gradient)

@@ -158,10 +158,12 @@ def _computed(model: nn.Module, path: LossPath, batch: Batch) -> Computed:
     parts = [batch] if whole else in_parts(batch, len(batch.inputs))
     loss, gradient = 0.0, dict[str, mx.array]()
     for part in parts:
+        if not part.supervised:  # a line that only pads has no loss of its own
+            continue
         share = part.supervised / batch.supervised
         with as_powers(path.exponentials):
             found, of_part = nn.value_and_grad(model, path.mean_loss)(model, part)
-            of_part = {name: each * share for name, each in _flat(of_part)} if len(parts) > 1 else dict(_flat(of_part))
+            of_part = {name: each * share for name, each in _flat(of_part)} if share != 1.0 else dict(_flat(of_part))
             gradient = {name: gradient[name] + each for name, each in of_part.items()} if gradient else of_part
             mx.eval(found, gradient)
         loss += float(found) * share

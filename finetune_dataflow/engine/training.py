@@ -300,9 +300,9 @@ class _Fit:
         found = self.crew.in_turn(
             lambda model, share: gradient_of_parts(share, partial(computed, model), supervised), parts
         )  # fmt: skip
-        if len(found) == 1:
-            return found[0]
-        return sum(loss for loss, _ in found), weighted_sum([1.0] * len(found), [gradient for _, gradient in found])
+        gradients = [gradient for _, gradient in found]
+        total = gradients[0] if len(gradients) == 1 else weighted_sum([1.0] * len(gradients), gradients)
+        return sum(loss for loss, _ in found), total
 
     def _update(self) -> None:
         """One update by the gradients added up since the last."""
