@@ -12,7 +12,7 @@ from finetune_dataflow.engine import losses
 from finetune_dataflow.engine.batches import batch, widths
 from finetune_dataflow.engine.frozen_states import StateStore
 from finetune_dataflow.engine.losses import LossPath
-from finetune_dataflow.engine.methods import make_trainable
+from finetune_dataflow.engine.methods import make_trainable, trainable
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.packing import NotPackable, SegmentCache, packed, segment_caches
 from finetune_dataflow.engine.prefix_states import PrefixStates
@@ -160,3 +160,15 @@ def test_a_path_that_packs_refuses_a_recurrent_model(columns: TokenColumns, tmp_
         segment_caches(model, mx.zeros((1, 8), mx.int32))
     with pytest.raises(NotPackable, match=RECURRENT):
         LossPath(packing=True).mean_loss(model, packed(columns, [0, 1], 32))
+
+
+def test_a_model_in_half_precision_is_judged_by_its_own_rounding_whatever_its_adapters_are_kept_in(
+    columns: TokenColumns, tmp_path: Path
+) -> None:
+    model = load_model(write_architecture(tmp_path / "llama", "llama"))
+    model.set_dtype(mx.bfloat16)
+    make_trainable(model, settings_of(num_layers=1).method)
+    kept_in = {each.dtype for each in trainable(model).values()}
+    path = proven_path(model, samples(columns))
+    assert kept_in == {mx.float32} and losses.model_dtype(model) == mx.bfloat16
+    assert path.gathered and path.packing, path.reason

@@ -286,8 +286,9 @@ def test_a_refused_key_that_is_null_counts_as_not_given(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize(
     "text",
-    ["trust_remote_code: false", "training_mode: normal", "eval_proportion_of_total: 0", "repetition_penalty: 1", "wandb_run: null",
-     "iters: -1", "epochs: -1", "epochs: null", "lora_parameters: null", "lora_parameters: {rank: null}", "batchsize: null"],
+    ["trust_remote_code: false", "training_mode: normal", "eval_proportion_of_total: 0", "repetition_penalty: 1",
+     "wandb_run: null", "iters: -1", "epochs: -1", "epochs: null", "lora_parameters: null", "lora_parameters: {rank: null}",
+     "batchsize: null"],
 )  # fmt: skip
 def test_a_value_that_changes_nothing_is_accepted(text: str, tmp_path: Path) -> None:
     assert inputs_of(tmp_path, text) == {}

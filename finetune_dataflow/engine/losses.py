@@ -72,9 +72,9 @@ def _proven_row_losses(model: nn.Module, batch: Batch) -> tuple[Callable[[nn.Mod
 
 
 def model_dtype(model: nn.Module) -> mx.Dtype:
-    """The type that a model computes in: that of its last floating parameter."""
+    """The type that a model computes in: half precision where one of its weights has it, whatever adapters are kept in."""
     leaves = cast(list[tuple[str, mx.array]], tree_flatten(model.parameters()))
-    return next((each.dtype for _, each in reversed(leaves) if mx.issubdtype(each.dtype, mx.floating)), mx.float32)
+    return next((each.dtype for _, each in leaves if each.dtype in (mx.bfloat16, mx.float16)), mx.float32)
 
 
 @dataclass(frozen=True)

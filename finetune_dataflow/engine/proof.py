@@ -22,7 +22,7 @@ from finetune_dataflow.engine import exponentials
 from finetune_dataflow.engine.batches import Batch, in_parts
 from finetune_dataflow.engine.exponentials import as_powers
 from finetune_dataflow.engine.heads import output_head
-from finetune_dataflow.engine.losses import PLAIN, LossPath
+from finetune_dataflow.engine.losses import PLAIN, LossPath, model_dtype
 from finetune_dataflow.engine.packing import NotPackable
 from finetune_dataflow.engine.prefix_states import NoPrefix, PrefixStates
 
@@ -63,8 +63,7 @@ class _Proof:
 
     def __init__(self, model: nn.Module, samples: Sequence[Sample], states: PrefixStates | None) -> None:
         self.model, self.samples, self.states = model, samples, states
-        floating = [each for _, each in _flat(model.trainable_parameters()) if mx.issubdtype(each.dtype, mx.floating)]
-        self.tolerance = TOLERANCE if all(each.dtype == mx.float32 for each in floating) else HALF_PRECISION
+        self.tolerance = TOLERANCE if model_dtype(model) == mx.float32 else HALF_PRECISION
         self.references: dict[tuple[LossPath, int], Computed] = {}
 
     def path(self) -> LossPath:
