@@ -180,6 +180,8 @@ def descendants(name: str) -> set[str]:
 
 
 def filled(value: Any, place: Path) -> Any:
+    if isinstance(value, list):
+        return [filled(each, place) for each in value]
     return value.replace("{place}", str(place)).replace("{{", "{").replace("}}", "}") if isinstance(value, str) else value
 
 
