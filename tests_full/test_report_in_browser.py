@@ -4,10 +4,8 @@ import json
 import os
 import pty
 import re
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ import pytest
 
 from tests.test_report import hostile_rows
 from tests.tiny_model import write_tiny_model
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 REPOSITORY = Path(__file__).parent.parent
 WIDTHS = {"desktop": 1280, "phone": 360}
@@ -54,17 +50,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     code, shown = on_a_terminal([*arguments, *wanted, "--out", str(directory / "run")], environment)
     assert code == 0, shown[-3000:]
     return directory / "run", shown
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no chromium, chromium-browser or google-chrome was found on this machine")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"] if os.geteuid() == 0 else [])
-        yield opened
-        opened.close()
 
 
 def test_what_the_terminal_is_told_is_colour_and_the_bar_and_nothing_of_the_data_s(run: tuple[Path, str]) -> None:
