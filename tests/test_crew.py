@@ -167,11 +167,11 @@ def test_the_loss_over_all_rows_is_the_same_for_any_path_and_crew(
 
 
 def test_a_batch_is_computed_in_parts_that_are_neither_small_nor_with_large_gradients_many() -> None:
-    assert part_count(tokens=768, rows=8, threads=2, gradient_bytes=2**20) == 4
-    assert part_count(tokens=767, rows=8, threads=2, gradient_bytes=2**20) == 2
+    assert part_count(tokens=1536, rows=8, threads=2, gradient_bytes=2**20) == 4
+    assert part_count(tokens=1535, rows=8, threads=2, gradient_bytes=2**20) == 2
     assert part_count(tokens=100, rows=8, threads=2, gradient_bytes=2**20) == 2
-    assert part_count(tokens=768, rows=8, threads=2, gradient_bytes=2**27) == 2
-    assert part_count(tokens=768, rows=8, threads=1, gradient_bytes=2**20) == 1
+    assert part_count(tokens=1536, rows=8, threads=2, gradient_bytes=2**27) == 2
+    assert part_count(tokens=1536, rows=8, threads=1, gradient_bytes=2**20) == 1
     assert part_count(tokens=9000, rows=3, threads=2, gradient_bytes=2**20) == 3
 
 
