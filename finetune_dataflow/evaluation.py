@@ -95,7 +95,7 @@ def _validation_scores(losses: pd.DataFrame, replies: pd.DataFrame) -> dict[str,
     return {
         "validation_loss": scores["loss"],
         "validation_perplexity": scores["perplexity"],
-        **{name: scores[name] for name in engine.comparison.ROUGE_TYPES},
+        **{name: scores[name] for name in engine.rouge.ROUGE_TYPES},
     }
 
 

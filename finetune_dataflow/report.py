@@ -32,7 +32,7 @@ def loss_figure__base(run_directory: Path, finished_fit: FinishedFit) -> go.Figu
 @computed_anew
 def rouge_figure(hold_out_comparison: dict[str, dict[str, Any]]) -> go.Figure:
     """The ROUGE scores of base and tuned model on the hold-out, with 95 % intervals."""
-    return engine.report.scores_figure(hold_out_comparison, engine.comparison.ROUGE_TYPES, "ROUGE on the hold-out")
+    return engine.report.scores_figure(hold_out_comparison, engine.rouge.ROUGE_TYPES, "ROUGE on the hold-out")
 
 
 @computed_anew

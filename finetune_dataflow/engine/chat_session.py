@@ -14,13 +14,9 @@ import mlx.nn as nn
 
 from finetune_dataflow.engine.chat import ChatEncoder
 from finetune_dataflow.engine.colors import colored, plain_text
-from finetune_dataflow.engine.content import prompt_messages
+from finetune_dataflow.engine.content import prompt_content, prompt_messages
 from finetune_dataflow.engine.control_strings import Message
 from finetune_dataflow.engine.prompting import (
-    CONTEXT_TEMPLATE,
-    INPUT_TEMPLATE,
-    RESPONSE_TEMPLATE,
-    PromptContent,
     prepared_content,
 )
 from finetune_dataflow.engine.replies import StreamedToken
@@ -73,15 +69,7 @@ def messages_of(text: str, settings: PromptSettings) -> tuple[Message, ...]:
         return prompt_messages(text, settings)
     if not settings.loom_file:
         raise UserError("The prompt is empty. Expected a text, or a word loom that makes one.")
-    content = PromptContent(
-        system_prompt=settings.system_prompt,
-        input_template=settings.input_template or INPUT_TEMPLATE,
-        context_template=settings.context_template or CONTEXT_TEMPLATE,
-        response_template=settings.response_template or RESPONSE_TEMPLATE,
-        few_shot_file=settings.few_shot_file,
-        few_shot_count=settings.few_shot_count,
-    )
-    return prepared_content(content, _loom(settings)).build(Record(0, "", "", (), (), (), {}, None, None))[0]
+    return prepared_content(prompt_content(settings), _loom(settings)).build(Record(0, "", "", (), (), (), {}, None, None))[0]
 
 
 def _loom(settings: PromptSettings) -> PreparedLoom:

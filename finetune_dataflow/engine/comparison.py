@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 FEWEST_ROWS = 10  # below, an interval calls noise a clear difference more than one time in ten
 MOST_ROWS_NAMED = 100_000  # a difference that so many rows would not make clear is none that matters
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 SHARE = (0.0, 1.0)
 _KNOWN_TO_ROUGE = re.compile("[a-zA-Z0-9]+")
 

@@ -82,8 +82,9 @@ def conversations(records: Iterable[Record], settings: PromptSettings) -> list[C
     return [conversation(record, prepared) for record in records]
 
 
-def _prepared(settings: PromptSettings) -> PreparedContent:
-    content = PromptContent(
+def prompt_content(settings: PromptSettings) -> PromptContent:
+    """What the settings say of a prompt's content, templates that are not given by default."""
+    return PromptContent(
         system_prompt=settings.system_prompt,
         input_template=settings.input_template or INPUT_TEMPLATE,
         context_template=settings.context_template or CONTEXT_TEMPLATE,
@@ -91,7 +92,10 @@ def _prepared(settings: PromptSettings) -> PreparedContent:
         few_shot_file=settings.few_shot_file,
         few_shot_count=settings.few_shot_count,
     )
-    return prepared_content(content, _loom(settings))
+
+
+def _prepared(settings: PromptSettings) -> PreparedContent:
+    return prepared_content(prompt_content(settings), _loom(settings))
 
 
 def prompt_messages(text: str, settings: PromptSettings) -> tuple[Message, ...]:
