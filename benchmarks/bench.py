@@ -351,12 +351,17 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measured(bench: Bench) -> dict[str, Any]:
-    """Everything that a run finds."""
+def measured(bench: Bench, unfinished: Path) -> dict[str, Any]:
+    """Everything that a run finds. What was found so far lies in the file `unfinished` while a stage runs."""
+    so_far: dict[str, Any] = {"machine": machine(), "windows": bench.windows, "generation": bench.generation}
     bench.interleaved()
-    losses = bench.losses()
-    growth = bench.growth()
+    unfinished.write_text(json.dumps(so_far))
+    losses = so_far["final_loss"] = bench.losses()
+    unfinished.write_text(json.dumps(so_far))
+    growth = so_far["growth"] = bench.growth()
+    unfinished.write_text(json.dumps(so_far))
     bench.shipped()
+    unfinished.unlink()
     ratios = bench.ratios(losses)
     final = losses[OURS]["loss"] / min(losses[name]["loss"] for name in (SAME_BLAS, TRL))
     values = {name: each["median"] for name, each in ratios.items()} | {"final_loss": final}
@@ -413,11 +418,11 @@ def main() -> None:
     if chosen.rounds:
         plan = Plan(**{**vars(plan), "rounds": chosen.rounds})
     pythons = dict.fromkeys((SAME_BLAS, SHIPPED, TRL), chosen.peers) | {OURS: Path(sys.executable)}
+    chosen.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         settings = prepared(Path(directory), plan, chosen.data)
-        found = measured(Bench(plan, pythons, settings, Progress()))
+        found = measured(Bench(plan, pythons, settings, Progress()), chosen.out / "unfinished.json")
     print("\n".join(told(found)))
-    chosen.out.mkdir(parents=True, exist_ok=True)
     path = chosen.out / f"{found['date']}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(f"Written: {path}")

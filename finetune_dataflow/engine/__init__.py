@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from finetune_dataflow.engine import cpu_runtime
+from finetune_dataflow.engine import c_heap, cpu_runtime
 
 if TYPE_CHECKING:
     from finetune_dataflow.engine import (
@@ -70,6 +70,7 @@ __all__ = [
     "audit",
     "batch_encoding",
     "batches",
+    "c_heap",
     "chat",
     "colors",
     "comparison",
@@ -118,6 +119,7 @@ __all__ = [
     "validation_score",
 ]
 
+c_heap.share_arenas()
 cpu_runtime.load_fast_blas()
 
 
