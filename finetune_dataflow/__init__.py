@@ -84,6 +84,7 @@ NODES = {
     "fitting": (
         "used_inputs__base",
         "frozen_states__base",
+        "reporting_settings__base",
         "finished_fit__base",
         "run_directory__base",
         "adapter_path__base",
@@ -143,6 +144,7 @@ NODES = {
         "predictions_file",
         "dag_file",
         "metrics_file",
+        "reported_metrics__base",
         "adapter_copy__base",
         "complete_model__base",
         "save_best_models__base",

@@ -12,6 +12,8 @@ from finetune_dataflow import engine
 from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.engine.audit import LabelAudit
 from finetune_dataflow.engine.fit_settings import FitSettings
+from finetune_dataflow.engine.reporting_settings import ReportingSettings
+from finetune_dataflow.engine.run_directory import RunIdentity
 
 
 @computed_anew
@@ -66,6 +68,19 @@ def metrics_file(
 ) -> Path:
     """metrics.json: the scores of base and tuned model. Written last, so that its presence says the run is whole."""
     return engine.files.write_json(run_directory / engine.run_directory.METRICS, run_metrics)
+
+
+@computed_anew
+@config.when(start="base")
+def reported_metrics__base(
+    metrics_file: Path,
+    run_metrics: dict[str, Any],
+    run_directory: Path,
+    run_identity: RunIdentity,
+    reporting_settings: ReportingSettings,
+) -> Path | None:
+    """The file with the id under which the run's metrics were reported; None where they are reported nowhere."""
+    return engine.reporting.reported_metrics(reporting_settings, run_directory, run_identity.told, run_metrics)
 
 
 @computed_anew

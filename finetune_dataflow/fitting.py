@@ -15,6 +15,7 @@ from finetune_dataflow.engine.audit import LabelAudit
 from finetune_dataflow.engine.fit_plan import FitPlan
 from finetune_dataflow.engine.fit_settings import FitSettings
 from finetune_dataflow.engine.frozen_states import StateStore
+from finetune_dataflow.engine.reporting_settings import ReportingSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.tokens import TokenColumns
 
@@ -67,6 +68,20 @@ def frozen_states__base(base_model_fingerprint: str, frozen_states_gb: float = 1
 
 @computed_anew
 @config.when(start="base")
+def reporting_settings__base(report_to: str | None = None, project_name: str | None = None) -> ReportingSettings:
+    """Where the fit is reported to while it goes on.
+
+    Inputs:
+        report_to: A service that the fit is reported to, as in mlx-lm: wandb; without it, none.
+        project_name: The project there; without it WANDB_PROJECT's, or finetune-dataflow.
+
+    Raises UserError for a service that is not known or not installed.
+    """
+    return engine.reporting_settings.reporting_settings(report_to, project_name)
+
+
+@computed_anew
+@config.when(start="base")
 def finished_fit__base(
     base_model_path: Path,
     train_tokens: TokenColumns,
@@ -80,6 +95,7 @@ def finished_fit__base(
     frozen_states: StateStore,
     base_model_fingerprint: str,
     chat_template: str,
+    reporting_settings: ReportingSettings,
     output_dir: str = "",
 ) -> FinishedFit:
     """The fit, done: its adapter stands in the run directory. A directory with the same fit finished is taken as it is,
@@ -99,11 +115,12 @@ def finished_fit__base(
         summary = engine.run_directory.finished_fit(directory)
         if summary is None:
             engine.run_directory.warn_of_hold_outs_beside(directory, used_inputs or frozenset())
-            summary = engine.training.fit(
-                base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes,
-                used_inputs,
-                start=starting_weights, score=score, plan=fit_plan, store=frozen_states,
-            )  # fmt: skip
+            with engine.reporting.reported_fit(reporting_settings, directory, run_identity.told):
+                summary = engine.training.fit(
+                    base_model_path, train_tokens, validation_tokens, fit_settings, directory, run_identity.adapter_notes,
+                    used_inputs,
+                    start=starting_weights, score=score, plan=fit_plan, store=frozen_states,
+                )  # fmt: skip
     return FinishedFit(directory, summary)
 
 

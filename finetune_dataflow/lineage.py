@@ -15,6 +15,7 @@ from finetune_dataflow.caching import computed_anew
 from finetune_dataflow.dataset import DataSource
 from finetune_dataflow.engine.code_versions import package_version
 from finetune_dataflow.engine.fit_settings import FitSettings
+from finetune_dataflow.engine.reporting_settings import ReportingSettings
 from finetune_dataflow.engine.run_directory import RunIdentity
 from finetune_dataflow.engine.settings import (
     GenerationSettings,
@@ -55,6 +56,7 @@ def run_identity__base(
     validation_tokens: TokenColumns,
     rendering_fingerprints: dict[str, str],
     starting_weights: Path | None,
+    reporting_settings: ReportingSettings,
 ) -> RunIdentity:
     """What makes a fit this fit and no other: its settings, and the fingerprints of what it is given.
 
@@ -69,7 +71,7 @@ def run_identity__base(
             **rendering_fingerprints,
             **engine.starting_weights.fingerprints(starting_weights),
         },
-        {**fit_settings.unbinding, **engine.starting_weights.named(starting_weights)},
+        {**fit_settings.unbinding, **engine.starting_weights.named(starting_weights), **reporting_settings.named},
     )
 
 

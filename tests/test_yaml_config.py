@@ -238,9 +238,7 @@ def test_every_alias_and_every_rival_is_an_input() -> None:
 
 REFUSED = {
     "config: other.yaml": "config='other.yaml' is refused. A file cannot name another. Give several, each with -c.",
-    "report_to: wandb": "report_to='wandb' is refused. Tracking by other services is not built yet",
-    "project_name: mine": "project_name='mine' is refused. Tracking",
-    "wandb_project: mine": "wandb_project='mine' is refused. Tracking",
+    "wandb_project: mine": "wandb_project='mine' is refused. Say report_to: wandb, and project_name",
     "trust_remote_code: true": "trust_remote_code=True is refused. Code from a model's directory is never run.",
     "training_mode: dpo": "training_mode='dpo' is refused. Only supervised fine-tuning (normal) is built.",
     "hf_dataset: {path: billsum}": "hf_dataset={'path': 'billsum'} is refused. Name the dataset in data",
@@ -296,7 +294,7 @@ def test_a_value_that_changes_nothing_is_accepted(text: str, tmp_path: Path) -> 
 
 def test_a_flag_that_is_no_input_is_refused_as_in_a_file() -> None:
     assert problems(["--trust-remote-code", "true"])[0].startswith("trust_remote_code=True is refused.")
-    assert parse(["--trust-remote-code", "false", "--report-to", "null", "--data", "x"]).inputs == {"data_path": "x"}
+    assert parse(["--trust-remote-code", "false", "--data", "x"]).inputs == {"data_path": "x"}
 
 
 def test_a_file_that_only_tests_evaluates_its_adapter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -409,7 +407,7 @@ def test_two_spellings_on_the_command_line_are_refused_naming_both() -> None:
 def test_all_problems_of_all_files_and_flags_are_told_at_once_and_nothing_runs(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = written(tmp_path, "batchsize: 3\nepochs: soon\nreport_to: wandb\niters: 3\nevals_per_epoch: 1\nsteps_per_eval: 2\n")
+    first = written(tmp_path, "batchsize: 3\nepochs: soon\nwandb_run: mine\niters: 3\nevals_per_epoch: 1\nsteps_per_eval: 2\n")
     second = written(tmp_path, "a: 1\na: 2\n", "b.yaml")
     third = written(tmp_path, "learning_rte: 1\ntest: true\ntest_batches: 5\n", "c.yaml")
     out = tmp_path / "run"
@@ -417,8 +415,8 @@ def test_all_problems_of_all_files_and_flags_are_told_at_once_and_nothing_runs(
     assert capsys.readouterr().err.splitlines() == [
         f"Error: {first}: Unknown option 'batchsize'. Did you mean 'batch_size'? `run.py inputs` lists all.",
         f"{first}: epochs='soon': expected a number.",
-        f"{first}: report_to='wandb' is refused. Tracking by other services is not built yet: every run writes metrics.jsonl. "
-        "Leave it out.",
+        f"{first}: wandb_run='mine' is refused. Say report_to: wandb, and project_name; a team is named in the environment "
+        "variable WANDB_ENTITY.",
         f"{first}: steps_per_eval=2 and evals_per_epoch=1 say the same thing. "
         "Give one of steps_per_eval, evals_per_epoch, validation_interval_proportion.",
         "lora_rank='x': expected a whole number.",

@@ -26,6 +26,7 @@ RESULTS = [
     "save_best_models", "hold_out_set_predictions", "finetuned_model_on_validation_set",
     "training_and_validation_set_metrics", "config_file", "metrics_file", "run_metrics", "lineage_file",
 ]  # fmt: skip
+REPORTED = ["reported_metrics"]
 
 
 def train(arguments: Sequence[str], start: str | None = None) -> int:
@@ -39,7 +40,7 @@ def train(arguments: Sequence[str], start: str | None = None) -> int:
             options = replace(options, inputs={**options.inputs, "resume_adapter_file": str(adapter)})
         if len(chain) > 1:
             print(f"Configuration {number} of {len(chain)}{f', from the adapter in {adapter}' if adapter else ''}:\n")
-        adapter = _run(options) / engine.training.BEST
+        adapter = run_once(options)[0] / engine.training.BEST
     return 0
 
 
@@ -100,8 +101,8 @@ def check_settings(chain: Sequence[Options]) -> None:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
 
-def _run(options: Options) -> Path:
-    """One run, from the data to its result on the screen; its directory, which nobody else has meanwhile."""
+def run_once(options: Options) -> tuple[Path, dict[str, Any]]:
+    """One run, from the data to its result on the screen; its directory, which nobody else has meanwhile, and its metrics."""
     dr = cached_driver(options)
     prepared = dr.execute(prepared_by(options), inputs=options.inputs)
     with engine.run_directory.held(options.inputs.get("output_dir", ""), prepared["run_identity"]) as directory:
@@ -111,7 +112,8 @@ def _run(options: Options) -> Path:
             dr.execute(["save_best_models"], inputs=options.inputs, overrides=prepared)  # what is asked for besides, or is gone
         else:
             print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
-            metrics = dr.execute(RESULTS, inputs=options.inputs, overrides=prepared | drawn(options))["run_metrics"]
+            wanted = RESULTS + (REPORTED if options.start == "base" else [])
+            metrics = dr.execute(wanted, inputs=options.inputs, overrides=prepared | drawn(options))["run_metrics"]
         print(table(metrics))
         print(f"\n{metrics['verdict']}\n")
         print(whereabouts(directory, metrics))
@@ -119,7 +121,7 @@ def _run(options: Options) -> Path:
             overrides = {**prepared, "evaluated_adapter": adapter_of(directory, options)}
             reply = dr.execute(["prompt_reply"], inputs=options.inputs, overrides=overrides)["prompt_reply"]
             print("\n" + "\n".join(reply_lines(reply, engine.colors.wants_color(sys.stdout))))
-    return directory
+    return directory, metrics
 
 
 def drawn(options: Options) -> dict[str, Any]:

@@ -29,7 +29,7 @@ EXPECTED = {
 }
 UNITS = {"": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
 
-_TRACKING = "Tracking by other services is not built yet: every run writes metrics.jsonl. Leave it out."
+_WANDB = "Say report_to: wandb, and project_name; a team is named in the environment variable WANDB_ENTITY."
 _PENALTY = "Only the command prompt takes it; replies of the evaluation have none. Leave it out."
 # Keys that are no inputs: the values that change nothing here and are accepted, and why any other is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -43,9 +43,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         (False,),
         "Say in prompt_format how a conversation is written, or train on plain text with train_type: self-supervised.",
     ),
-    "project_name": ((), _TRACKING),
     "repetition_penalty": ((0, 1), _PENALTY),
-    "report_to": ((), _TRACKING),
     "text_feature": (("text",), "Name the key in output_text_key, with train_type: self-supervised."),
     "training_mode": (("normal",), "Only supervised fine-tuning (normal) is built. Leave it out."),
     "trust_remote_code": ((False,), "Code from a model's directory is never run. Leave it out."),
@@ -131,7 +129,7 @@ def refusal(name: str, value: Any) -> str | None:
 
     Raises KeyError for a key that is neither mlx-lm's nor mlx-tuning-fork's.
     """
-    accepted, reason = ((), _TRACKING) if name.startswith("wandb_") else REFUSED[name]
+    accepted, reason = ((), _WANDB) if name.startswith("wandb_") else REFUSED[name]
     if value is None or any(value == each and isinstance(value, str) == isinstance(each, str) for each in accepted):
         return None
     return f"{name}={shown(value)} is refused. {reason}"

@@ -50,6 +50,8 @@ if TYPE_CHECKING:
         rendering,
         reply_store,
         report,
+        reporting,
+        reporting_settings,
         rouge,
         run_directory,
         settings,
@@ -104,6 +106,8 @@ __all__ = [
     "rendering",
     "reply_store",
     "report",
+    "reporting",
+    "reporting_settings",
     "rouge",
     "run_directory",
     "settings",
@@ -119,7 +123,7 @@ __all__ = [
     "validation_score",
 ]
 
-c_heap.share_arenas()
+c_heap.share_arena()
 cpu_runtime.load_fast_blas()
 
 

@@ -5,12 +5,28 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 
 from finetune_dataflow.engine.files import writing
 
 logger = logging.getLogger(__name__)
+
+Listener = Callable[[Mapping[str, object]], None]
+_listeners: ContextVar[tuple[Listener, ...]] = ContextVar("listeners", default=())
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within the block the listener is told every event after it is written; what it raises ends whoever wrote the event."""
+    before = _listeners.set((*_listeners.get(), listener))
+    try:
+        yield
+    finally:
+        _listeners.reset(before)
 
 
 class EventLog:
@@ -33,6 +49,8 @@ class EventLog:
         """Append one event. Raises UserError where the disk is full."""
         with writing(self.path):
             self._file.write((json.dumps(values) + "\n").encode())
+        for listener in _listeners.get():
+            listener(values)
 
     def size(self) -> int:
         """The bytes written so far, flushed to the disk."""

@@ -24,6 +24,7 @@ HISTORY, LINEAGE, METRICS = "metrics.jsonl", "lineage.json", "metrics.json"
 HOLD_OUT_INPUTS = "hold_out_inputs.txt"
 REPORT = "report.html"
 CHECKPOINTS = "checkpoints"
+TRACKED = "wandb-run-id"
 WEIGHTS = Path("adapters") / "adapters.safetensors"
 OWN_FILES = (
     HISTORY, LINEAGE, METRICS, HOLD_OUT_INPUTS, "config.yaml", "predictions.jsonl", "row_ledger.jsonl", "label_audit.html",
@@ -58,6 +59,11 @@ class RunIdentity:
     def name(self) -> str:
         """The default name of the run's directory."""
         return f"{Path(self.names['data_path']).stem}-{files.fingerprint(self.values)[:8]}"
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Everything of it, as a tracker shows it."""
+        return {**self.names, **self.settings, **self.unbinding, "fingerprints": self.fingerprints}
 
     @property
     def adapter_notes(self) -> dict[str, object]:
@@ -95,6 +101,7 @@ def held(output_dir: str, identity: RunIdentity) -> Iterator[Path]:
     with files.locked(directory):
         check_unclaimed(directory, identity)  # again: another run may have come first
         if _identity_there(directory) != _plain_values(identity):
+            (directory / TRACKED).unlink(missing_ok=True)  # another run is another one of a tracker's, too
             files.write_json(directory / LINEAGE, asdict(identity))
         yield directory
 
