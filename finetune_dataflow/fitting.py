@@ -147,18 +147,21 @@ def evaluated_adapter__base(adapter_path: Path) -> Path:
 
 @computed_anew
 @config.when(start="presaved")
-def evaluated_adapter__presaved(adapter_path: str, base_model_fingerprint: str, rendering_fingerprints: dict[str, str]) -> Path:
+def evaluated_adapter__presaved(
+    adapter_path: str, base_model_path: Path, base_model_fingerprint: str, rendering_fingerprints: dict[str, str]
+) -> Path:
     """The directory of the adapter that is evaluated: the one that was given.
 
     A warning says where it meets another base model, tokenizer, chat template or prompt than it was trained with.
 
     Inputs:
-        adapter_path: The directory of the adapter to evaluate, in mlx-lm's layout.
+        adapter_path: The directory of the adapter to evaluate, in mlx-lm's layout or PEFT's.
 
     Raises UserError where it holds no adapter.
     """
     directory = engine.files.user_path(adapter_path)
     adapter = engine.adapters.check_adapter(directory)
+    engine.peft_layout.in_mlx_layout(directory, base_model_path)  # so that what does not fit is refused before any work
     engine.rendering.warn_of_differences(adapter, {"base_model": base_model_fingerprint, **rendering_fingerprints})
     return directory
 

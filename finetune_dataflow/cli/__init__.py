@@ -22,6 +22,9 @@ commands:
   prompt     one prompt to the base or a tuned model, or a conversation: -p TEXT, -a ADAPTER or --run DIR, --compare
              (prompt --help: its own options)
   compare    finished or unfinished runs side by side: RUN RUN ... [--out FILE.html]
+  sweep      a search for good settings by a Weights & Biases sweep file, without an account: FILE.yaml --out DIR
+             (sweep --help: its own options)
+  ui         the Hamilton UI on this machine alone, for the runs of `train --track` (ui --help: its own options)
   prepare    write the prepared data for another trainer: --to mlx|hf|parquet --out DIR (docs/prepare.md)
   inputs     every input with its type, default and meaning (--markdown: as a table)
   convert    weights of mlx-tuning-fork or old mlx-lm as safetensors: ADAPTERS.npz ADAPTERS.safetensors
@@ -38,11 +41,13 @@ options of train, evaluate, plan and prepare:
   --out DIR                    the directory of the run (default: runs/<data file>-<fingerprint>)
   --module FILE                a Python file whose functions are added to the graph or take the place of its nodes
   --no-cache                   compute everything, whatever earlier runs left in the user's cache directory, and keep no replies
+  --track                      record the run in the Hamilton UI that `run.py ui` starts (--track-url, --track-project: another);
+                               no text of the data is sent, unless --track-data is said
   --allow-code                 let a YAML replace nodes by functions that it names
   -h, --help                   this text
 """
 
-COMMANDS = ("train", "evaluate", "plan", "prompt", "compare", "prepare", "inputs", "convert", "graph")
+COMMANDS = ("train", "evaluate", "plan", "prompt", "compare", "sweep", "ui", "prepare", "inputs", "convert", "graph")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["prompt"]:  # these two have a help of their own
+    if arguments[:1] == ["prompt"]:  # these four have a help of their own
         from finetune_dataflow.cli.prompt import prompt
 
         return prompt(arguments[1:])
@@ -71,6 +76,14 @@ def _run(arguments: list[str]) -> int:
         from finetune_dataflow.cli.compare import compare
 
         return compare(arguments[1:])
+    if arguments[:1] == ["sweep"]:
+        from finetune_dataflow.cli.sweep import sweep
+
+        return sweep(arguments[1:])
+    if arguments[:1] == ["ui"]:
+        from finetune_dataflow.cli.ui import ui
+
+        return ui(arguments[1:])
     if "-h" in arguments or "--help" in arguments or arguments[:1] == ["help"]:
         print(USAGE, end="")
         return 0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import shutil
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hamilton import driver
 
@@ -19,25 +21,26 @@ MOST_BYTES = 50_000_000  # of data: every result is kept, so of more the cache w
 logger = logging.getLogger(__name__)
 
 
-def cached_driver(options: Options) -> driver.Driver:
+def cached_driver(options: Options, adapters: Sequence[Any] = ()) -> driver.Driver:
     """The driver of a run, with Hamilton's cache where that can be trusted and is worth it.
 
     It is left off with a user's own nodes, whose helpers it does not know, and for large data. A cache that cannot be read
     is put aside.
     """
     if not options.cached or options.modules or _size(user_path(options.inputs["data_path"])) > MOST_BYTES:
-        return build_driver(options.start, options.modules)
+        return build_driver(options.start, options.modules, adapters)
     directory = user_cache_directory() / "results"
     try:
-        return _with_cache(options, directory)
+        return _with_cache(options, directory, adapters)
     except sqlite3.DatabaseError as error:
         logger.warning("The cache in %s cannot be read (%s). A new one is begun.", directory, error)
         shutil.rmtree(directory, ignore_errors=True)
-        return _with_cache(options, directory)
+        return _with_cache(options, directory, adapters)
 
 
-def _with_cache(options: Options, directory: Path) -> driver.Driver:
+def _with_cache(options: Options, directory: Path, adapters: Sequence[Any]) -> driver.Driver:
     builder = driver.Builder().with_config({"start": options.start}).with_modules(finetune_dataflow)
+    builder = builder.with_adapters(*adapters) if adapters else builder
     return builder.with_cache(path=str(directory)).build()
 
 

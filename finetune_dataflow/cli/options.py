@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -66,6 +66,16 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Tracking:
+    """Whether a run is recorded in a Hamilton UI, where, in which project, and with texts of the data or without."""
+
+    wanted: bool = False
+    with_data: bool = False
+    url: str | None = None
+    project: str | None = None
+
+
+@dataclass(frozen=True)
 class Options:
     """The graph's inputs with their types, which of the two graphs is meant, and the file it was read from, if any."""
 
@@ -74,6 +84,7 @@ class Options:
     modules: tuple[ModuleType, ...] = ()
     config: str | None = None
     cached: bool = True
+    tracking: Tracking = Tracking()
 
 
 # These are read before the graph is chosen; they are no inputs of it.
@@ -86,9 +97,10 @@ LORA_PARAMETERS = Input("lora_parameters", dict[str, Any], None, "", "")
 ALPHA = Input(ALPHAS[0], float, None, "", "")
 
 
-def build_driver(start: str, modules: Sequence[ModuleType] = ()) -> driver.Driver:
+def build_driver(start: str, modules: Sequence[ModuleType] = (), adapters: Sequence[Any] = ()) -> driver.Driver:
     """The driver of the graph that `start` names, with a user's own modules over ours."""
     builder = driver.Builder().with_config({"start": start}).with_modules(finetune_dataflow, *modules)
+    builder = builder.with_adapters(*adapters) if adapters else builder
     return (builder.allow_module_overrides() if modules else builder).build()
 
 
@@ -166,6 +178,7 @@ class _CommandLine:
     start: str | None = None
     allow_code: bool = False
     cached: bool = True
+    tracking: Tracking = Tracking()
 
 
 @dataclass(frozen=True)
@@ -203,7 +216,16 @@ class _Notes:
             self.problems.append(f"{label}{error}")
 
 
-FLAGS = {"--allow-code": "allow_code", "--no-cache": "cached"}  # options without a value
+FLAGS = ("--allow-code", "--no-cache", "--track", "--track-data")  # options without a value
+
+
+def _switch(line: _CommandLine, flag: str) -> None:
+    if flag == "--allow-code":
+        line.allow_code = True
+    elif flag == "--no-cache":
+        line.cached = False
+    else:
+        line.tracking = replace(line.tracking, wanted=True, with_data=line.tracking.with_data or flag == "--track-data")
 
 
 def _command_line(arguments: Sequence[str]) -> _CommandLine:
@@ -212,7 +234,7 @@ def _command_line(arguments: Sequence[str]) -> _CommandLine:
     while words:
         word = words.pop(0)
         if word in FLAGS:
-            setattr(line, FLAGS[word], word == "--allow-code")
+            _switch(line, word)
             continue
         if not word.startswith("-"):
             raise UserError(f"{word!r} was not expected. Options are written --name value.")
@@ -226,6 +248,12 @@ def _command_line(arguments: Sequence[str]) -> _CommandLine:
             if not separator:
                 raise UserError(f"--set {name!r}: expected name=value.")
         name = re.sub(r"^-+", "", name).replace("-", "_")
+        if name == "track_url":
+            line.tracking = replace(line.tracking, url=value)
+            continue
+        if name == "track_project":
+            line.tracking = replace(line.tracking, project=value)
+            continue
         if name in line.given or (name == "start" and line.start is not None):
             raise UserError(f"--{name.replace('_', '-')} is given twice.")
         if name == "start":
@@ -267,7 +295,7 @@ def _resolved(
         if missing:
             named = "; ".join(f"--{each.name.replace('_', '-')} ({each.meaning.rstrip('.')})" for each in missing)
             notes.problems.append(f"{label}Missing: {named}.")
-    return Options(str(start), inputs, modules, path, line.cached)
+    return Options(str(start), inputs, modules, path, line.cached, line.tracking)
 
 
 def _replacing(replacements: Any, allow_code: bool) -> tuple[ModuleType, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from finetune_dataflow.cli.options import build_driver, parse
+from finetune_dataflow.cli.options import FLAGS, build_driver, parse
 from finetune_dataflow.cli.train import check_settings, data_lines
 from finetune_dataflow.engine import prepared, run_directory
 from finetune_dataflow.engine.settings import all_of, require_choice
@@ -68,7 +68,7 @@ def _own_options(arguments: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     while words:
         word = words.pop(0)
         name, separator, value = word.partition("=")
-        takes_next = word.startswith("-") and not separator and word != "--allow-code"
+        takes_next = word.startswith("-") and not separator and word not in FLAGS
         if name not in {"--to", "--out"}:
             others += [word, *(words[:1] if takes_next else [])]
             del words[: int(takes_next)]

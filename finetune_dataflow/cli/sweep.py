@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune_dataflow.cli.options import Options, build_driver, coerced, graph_inputs, parse
+from finetune_dataflow.cli.options import FLAGS, Options, build_driver, coerced, graph_inputs, parse
 from finetune_dataflow.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def sweep_options(arguments: Sequence[str]) -> SweepOptions:
             own[name] = value if separator else words.pop(0)
         else:
             others.append(word)
-            if not separator and word not in ("--allow-code", "--no-cache", "--track", "--track-data") and words:
+            if not separator and word not in FLAGS and words:
                 others.append(words.pop(0))
     if len(files) != 1:
         found = f"found {', '.join(map(repr, files))}" if files else "found none"

@@ -103,7 +103,8 @@ def check_settings(chain: Sequence[Options]) -> None:
 
 def run_once(options: Options) -> tuple[Path, dict[str, Any]]:
     """One run, from the data to its result on the screen; its directory, which nobody else has meanwhile, and its metrics."""
-    dr = cached_driver(options)
+    tracker = tracker_of(options)
+    dr = cached_driver(options, [] if tracker is None else [tracker])
     prepared = dr.execute(prepared_by(options), inputs=options.inputs)
     with engine.run_directory.held(options.inputs.get("output_dir", ""), prepared["run_identity"]) as directory:
         metrics = engine.run_directory.finished_metrics(directory, prepared["run_identity"], prepared["evaluation_identity"])
@@ -112,7 +113,7 @@ def run_once(options: Options) -> tuple[Path, dict[str, Any]]:
             dr.execute(["save_best_models"], inputs=options.inputs, overrides=prepared)  # what is asked for besides, or is gone
         else:
             print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
-            wanted = RESULTS + (REPORTED if options.start == "base" else [])
+            wanted = [*RESULTS, *(REPORTED if options.start == "base" else []), *left_to_track(dr, tracker, prepared)]
             metrics = dr.execute(wanted, inputs=options.inputs, overrides=prepared | drawn(options))["run_metrics"]
         print(table(metrics))
         print(f"\n{metrics['verdict']}\n")
@@ -122,6 +123,30 @@ def run_once(options: Options) -> tuple[Path, dict[str, Any]]:
             reply = dr.execute(["prompt_reply"], inputs=options.inputs, overrides=overrides)["prompt_reply"]
             print("\n" + "\n".join(reply_lines(reply, engine.colors.wants_color(sys.stdout))))
     return directory, metrics
+
+
+def tracker_of(options: Options) -> Any:
+    """What records the run in a Hamilton UI; None where that is not wanted, or, with a warning, where there is none."""
+    chosen = options.tracking
+    if not chosen.wanted:
+        if chosen.url or chosen.project:
+            raise UserError("--track-url and --track-project say where a run is recorded. Give --track, too.")
+        return None
+    from finetune_dataflow import tracking
+
+    named = Path(options.inputs.get("output_dir") or options.inputs["data_path"]).name
+    return tracking.hamilton_tracker(
+        named, {"start": options.start}, chosen.url or tracking.URL, chosen.project or tracking.PROJECT, chosen.with_data, RESULTS
+    )
+
+
+def left_to_track(dr: Any, tracker: Any, prepared: dict[str, Any]) -> list[str]:
+    """The nodes that a tracked run computes besides, so that the whole graph is seen; none where nothing is tracked."""
+    if tracker is None:
+        return []
+    from finetune_dataflow import tracking
+
+    return tracking.nodes_left(dr, tracker, {*prepared, *RESULTS, *REPORTED})
 
 
 def drawn(options: Options) -> dict[str, Any]:

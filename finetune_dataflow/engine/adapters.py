@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import load_adapters as load_mlx_lm_adapters
 
+from finetune_dataflow.engine import peft_config
 from finetune_dataflow.engine.arrays import write_arrays
 from finetune_dataflow.engine.files import content_fingerprint, replacing, user_path, write_json, write_text
 from finetune_dataflow.errors import UserError
@@ -30,7 +31,12 @@ def save_config(directory: Path, config: dict[str, Any]) -> Path:
 
 
 def check_adapter(adapter_path: Path) -> dict[str, Any]:
-    """The adapter's config; UserError where the directory, its config or its weights are missing or unreadable."""
+    """The adapter's config; UserError where the directory, its config or its weights are missing or unreadable.
+
+    Of one in PEFT's layout, what mlx-lm's config would say before the base model is known.
+    """
+    if peft_config.is_peft(adapter_path):
+        return peft_config.check_peft(adapter_path)
     if not adapter_path.is_dir():
         raise UserError(
             f"adapter_path={str(adapter_path)!r}: there is no such directory. Expected one with {WEIGHTS} and {CONFIG}."
@@ -133,8 +139,9 @@ def copy_adapter(adapter_path: Path, directory: Path) -> Path:
 
 
 def adapter_fingerprint(adapter_path: Path) -> str:
-    """SHA-256 over the adapter's weights and config."""
-    return content_fingerprint([adapter_path / WEIGHTS, adapter_path / CONFIG])
+    """SHA-256 over the adapter's weights and config, in mlx-lm's layout or PEFT's."""
+    weights = peft_config.WEIGHTS if peft_config.is_peft(adapter_path) else WEIGHTS
+    return content_fingerprint([adapter_path / weights, adapter_path / CONFIG])
 
 
 def adapter_files(adapter_path: Path) -> dict[str, Path]:

@@ -64,8 +64,9 @@ def adapted_layers(settings: MethodSettings, blocks: int) -> int:
 def lora_parameters(settings: MethodSettings) -> dict[str, Any]:
     """The LoRA settings under mlx-lm's names; its scale is absolute (PEFT's alpha is scale * rank)."""
     keys = {"keys": list(settings.lora_keys)} if settings.lora_keys else {}
+    named = {"use_rslora": True} if settings.use_rslora else {}  # for PEFT; the scale has it in it
     return {
-        "rank": settings.lora_rank, "scale": settings.effective_scale, "dropout": settings.lora_dropout, **keys
+        "rank": settings.lora_rank, "scale": settings.effective_scale, "dropout": settings.lora_dropout, **keys, **named
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model as load_base_model
 
 from finetune_dataflow.engine.adapters import apply_adapter
+from finetune_dataflow.engine.peft_layout import in_mlx_layout
 from finetune_dataflow.errors import UserError
 
 
@@ -29,6 +30,6 @@ def load_model(base_model_path: Path, adapter_path: Path | None = None, *, lazy:
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)
     if adapter_path is not None:
-        apply_adapter(model, adapter_path, base_model_path)
+        apply_adapter(model, in_mlx_layout(adapter_path, base_model_path), base_model_path)
     model.eval()
     return model

@@ -35,6 +35,7 @@ from finetune_dataflow.engine.losses import PLAIN, LossPath
 from finetune_dataflow.engine.methods import make_trainable, trainable
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.optimizers import clipped, fit_optimizer, global_norm
+from finetune_dataflow.engine.peft_layout import weights_in_mlx_layout
 from finetune_dataflow.engine.proof import Sample, proven_path
 from finetune_dataflow.engine.randomness import seeded
 from finetune_dataflow.engine.recompute import recomputing
@@ -501,7 +502,7 @@ class _Probing:
         model = load_model(self.base_model_path)
         make_trainable(model, self.settings.method)
         if self.start is not None:
-            start_from(model, self.start, self.settings.method)
+            start_from(model, weights_in_mlx_layout(self.start, self.base_model_path), self.settings.method)
         seconds = time.perf_counter() - started
         footprint = self._least(model, footprint.process)
         if not self._safe(footprint):

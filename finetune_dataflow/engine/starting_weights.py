@@ -11,8 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from finetune_dataflow.engine import peft_config
 from finetune_dataflow.engine.arrays import write_arrays
-from finetune_dataflow.engine.files import user_path
+from finetune_dataflow.engine.files import fingerprint, user_path
 from finetune_dataflow.engine.fit_settings import MethodSettings
 from finetune_dataflow.engine.path_contents import path_fingerprint
 from finetune_dataflow.errors import UserError, nearest
@@ -29,7 +30,10 @@ def located(resume_adapter_file: str) -> Path | None:
     if not resume_adapter_file:
         return None
     path = user_path(resume_adapter_file)
-    path = path / WEIGHTS if path.is_dir() else path
+    if path.is_dir():
+        path = path / (peft_config.WEIGHTS if peft_config.is_peft(path) else WEIGHTS)
+    if path.name == peft_config.WEIGHTS:
+        peft_config.check_peft(path.parent)
     if not path.is_file():
         raise UserError(f"resume_adapter_file={resume_adapter_file!r}: there is no file {path}.")
     if path.suffix not in SUFFIXES:
@@ -44,7 +48,12 @@ def named(path: Path | None) -> dict[str, str]:
 
 def fingerprints(path: Path | None) -> dict[str, str]:
     """The fingerprint of the weights under a name of its own; empty for None."""
-    return {} if path is None else {"starting_weights": path_fingerprint(path)}
+    if path is None:
+        return {}
+    content = path_fingerprint(path)
+    if path.name == peft_config.WEIGHTS:  # its numbers depend on what its config says of ranks and alphas
+        content = fingerprint([content, path_fingerprint(path.with_name(peft_config.CONFIG))])
+    return {"starting_weights": content}
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:

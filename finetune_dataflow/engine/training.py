@@ -40,6 +40,7 @@ from finetune_dataflow.engine.methods import adapter_config, make_trainable, tra
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.optimizers import clipped, fit_optimizer, global_norm
 from finetune_dataflow.engine.packing import packed
+from finetune_dataflow.engine.peft_layout import weights_in_mlx_layout
 from finetune_dataflow.engine.prefix_states import PrefixStates, forget
 from finetune_dataflow.engine.progress import Bar
 from finetune_dataflow.engine.proof import Sample, proven_path
@@ -149,7 +150,7 @@ def fit(
     model = load_model(base_model_path)
     make_trainable(model, settings.method)
     if start is not None:
-        start_from(model, start, settings.method)
+        start_from(model, weights_in_mlx_layout(start, base_model_path), settings.method)
     config = {**adapter_config(settings.method, len(model.layers)), **adapter_notes}
     for directory in (run_directory / BEST, run_directory / LAST):
         adapters.save_config(directory, config)
