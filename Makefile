@@ -8,7 +8,7 @@ FIND := for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test test-full browser bench env graph screenshots clean
+.PHONY: run test test-full browser bench env graph screenshots publish-check clean
 
 run: $(VENV)/base
 	$(PY) run.py
@@ -16,14 +16,18 @@ run: $(VENV)/base
 test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples docs/screenshots.py tests tests_full
+	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples docs/screenshots.py docs/ui_screenshot.py publish tests tests_full
 	$(PY) -m pytest tests
 
 test-full: $(VENV)/dev browser
 	$(PY) -m pytest tests_full
 
-# Debian's Chromium for the tests of the report, where it is missing and may be installed; else they are skipped.
+# Debian's Chromium and Go for the tests that need them, where they are missing and may be installed; else those are skipped.
 browser:
+	@if ! command -v go >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing golang for the tests of templates."; \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends golang-go; } >/dev/null || \
+	    echo "It could not be installed: the tests that render templates in Go are skipped."; fi
 	@if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "Installing chromium for the tests of the report."; \
@@ -37,6 +41,10 @@ bench: $(VENV)/base $(PEERS)/installed
 
 env: $(VENV)/dev
 
+# What is published, built and tried in an empty environment; it stays in dist/ (docs/publishing.md).
+publish-check: $(VENV)/dev
+	$(PY) publish/check.py --out dist
+
 graph: $(VENV)/base
 	$(PY) run.py graph --start base --out docs/dag-base.svg
 	$(PY) run.py graph --start presaved --out docs/dag-presaved.svg
@@ -46,6 +54,7 @@ graph: $(VENV)/base
 screenshots: $(VENV)/dev
 	$(PY) run.py --out runs/screenshots
 	$(PY) docs/screenshots.py runs/screenshots
+	$(PY) docs/ui_screenshot.py
 
 $(VENV)/bin/python:
 	@python=$$($(FIND)); \

@@ -34,7 +34,7 @@ from hamilton.function_modifiers import cache
 from hamilton.graph_types import HamiltonNode
 
 from finetune_dataflow import engine
-from finetune_dataflow.engine.code_versions import code_version
+from finetune_dataflow.engine.code_versions import code_version, covers
 
 # For nodes that read files, or write them: their result is looked at each time, and what follows from it only if it changed.
 computed_anew = cache(behavior="recompute")
@@ -182,7 +182,7 @@ def _register() -> None:
 def _with_helpers(version: Callable[[HamiltonNode], str | None]) -> Callable[[HamiltonNode], str | None]:
     def versioned(node: HamiltonNode) -> str | None:
         own, functions = version(node), node.originating_functions or ()
-        if own is None or not functions or not functions[0].__module__.startswith("finetune_dataflow"):
+        if own is None or not functions or not covers(functions[0]):
             return own
         return hashlib.sha256(f"{own}{code_version(functions[0])}".encode()).hexdigest()
 
@@ -190,7 +190,7 @@ def _with_helpers(version: Callable[[HamiltonNode], str | None]) -> Callable[[Ha
 
 
 def _version_with_helpers() -> None:
-    """Let the version of our nodes cover their helpers; other nodes keep theirs."""
+    """Let the version of our nodes, and of others that import from this package, cover their helpers; the rest keep theirs."""
     present = HamiltonNode.__dict__["version"]
     if not getattr(present, "knows_helpers", False):
         extended = functools.cached_property(_with_helpers(present.func))

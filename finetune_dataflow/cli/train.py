@@ -113,7 +113,7 @@ def run_once(options: Options) -> tuple[Path, dict[str, Any]]:
             dr.execute(["save_best_models"], inputs=options.inputs, overrides=prepared)  # what is asked for besides, or is gone
         else:
             print(*data_lines(options.inputs["data_path"], prepared), sep="\n")
-            wanted = [*RESULTS, *(REPORTED if options.start == "base" else []), *left_to_track(dr, tracker, prepared)]
+            wanted = [*RESULTS, *(REPORTED if options.start == "base" else []), *left_to_track(dr, tracker, options, prepared)]
             metrics = dr.execute(wanted, inputs=options.inputs, overrides=prepared | drawn(options))["run_metrics"]
         print(table(metrics))
         print(f"\n{metrics['verdict']}\n")
@@ -140,13 +140,14 @@ def tracker_of(options: Options) -> Any:
     )
 
 
-def left_to_track(dr: Any, tracker: Any, prepared: dict[str, Any]) -> list[str]:
+def left_to_track(dr: Any, tracker: Any, options: Options, prepared: dict[str, Any]) -> list[str]:
     """The nodes that a tracked run computes besides, so that the whole graph is seen; none where nothing is tracked."""
     if tracker is None:
         return []
     from finetune_dataflow import tracking
 
-    return tracking.nodes_left(dr, tracker, {*prepared, *RESULTS, *REPORTED})
+    later = ["prompt_reply"] if options.inputs.get("prompt") else []
+    return tracking.nodes_left(dr, tracker, {*prepared, *RESULTS, *REPORTED, *later})
 
 
 def drawn(options: Options) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,15 @@ def code_version(function: Callable[..., Any]) -> str:
     return digest.hexdigest()
 
 
+def covers(function: Callable[..., Any]) -> bool:
+    """Whether `code_version` knows a function: it is this package's, or of a module that imports from this package."""
+    name = inspect.unwrap(function).__module__
+    if name.startswith(PACKAGE):
+        return True
+    path = _find(name)
+    return path is not None and path.suffix == ".py" and bool(_module(name).imports)
+
+
 def code_of(function: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
     """The definitions of its own module that a function depends on (name: code), and the other modules of the package."""
     function = inspect.unwrap(function)
@@ -43,7 +53,7 @@ def code_of(function: Callable[..., Any]) -> tuple[dict[str, str], set[str]]:
             continue
         definition = module.definitions[name]
         own[key] = ast.unparse(definition)
-        used = {each.id for each in ast.walk(definition) if isinstance(each, ast.Name)}
+        used = _used(definition)
         waiting += used
         bound = [(each, module.imports[each]) for each in used & module.imports.keys()]
         for target in _modules_of([*bound, *_imports(definition)], definition):
@@ -84,7 +94,7 @@ def _module(name: str) -> _Module:
 
 
 @functools.cache
-def _parsed(name: str, state: tuple[int, int]) -> _Module:
+def _parsed(name: str, state: tuple[str, int, int]) -> _Module:
     return _Module(name)
 
 
@@ -123,6 +133,18 @@ def _imports(tree: ast.AST) -> list[tuple[str, str]]:
     return found
 
 
+def _used(definition: ast.stmt) -> set[str]:
+    """The names that a definition takes from its module; a parameter of a node has the name of another node, and is not it."""
+    names = {each.id for each in ast.walk(definition) if isinstance(each, ast.Name)}
+    if not isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef):
+        return names
+    around: list[ast.AST | None] = [*definition.decorator_list, definition.args, definition.returns]
+    taken = {each.id for part in around if part is not None for each in ast.walk(part) if isinstance(each, ast.Name)}
+    arguments = definition.args
+    parameters = {each.arg for each in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+    return (names - parameters) | taken
+
+
 def _attributes(tree: ast.AST, name: str) -> set[str]:
     """The attributes of `name` that are used within `tree`."""
     return {
@@ -133,10 +155,12 @@ def _attributes(tree: ast.AST, name: str) -> set[str]:
 
 
 def _executed(body: list[Any]) -> Iterator[Any]:
-    """The statements but for what stands under `if TYPE_CHECKING`."""
+    """The statements but for what stands under `if TYPE_CHECKING`; of a `with` those in its block."""
     for statement in body:
         if isinstance(statement, ast.If) and "TYPE_CHECKING" in ast.unparse(statement.test):
             yield from statement.orelse
+        elif isinstance(statement, ast.With):
+            yield from _executed(statement.body)
         else:
             yield statement
 
@@ -155,8 +179,14 @@ def _exists(name: str) -> bool:
     return _find(name) is not None
 
 
-@functools.cache
 def _find(name: str) -> Path | None:
+    """The file of a module: where it was loaded from, which for a name may be another place later; else where it would be."""
+    loaded = getattr(sys.modules.get(name), "__file__", None)
+    return Path(loaded) if loaded is not None else _searched(name)
+
+
+@functools.cache
+def _searched(name: str) -> Path | None:
     try:
         found = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -170,9 +200,10 @@ def _path(name: str) -> Path:
     return path
 
 
-def _state(name: str) -> tuple[int, int]:
-    status = _path(name).stat()
-    return status.st_mtime_ns, status.st_size
+def _state(name: str) -> tuple[str, int, int]:
+    path = _path(name)
+    status = path.stat()
+    return str(path), status.st_mtime_ns, status.st_size
 
 
 @functools.cache
