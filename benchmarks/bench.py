@@ -383,11 +383,14 @@ def measured(bench: Bench, unfinished: Path) -> dict[str, Any]:
 
 
 def with_losses(found: dict[str, Any], bench: Bench) -> dict[str, Any]:
-    """An earlier run's result with final losses measured again: on other rows, as `--data` names them. Its peaks stay."""
+    """An earlier run's result with final losses, and the peaks of these fits, measured again: on the rows that `--data` names."""
     losses = bench.losses()
     final = losses[OURS]["loss"] / min(losses[name]["loss"] for name in (SAME_BLAS, TRL))
+    peak = losses[OURS]["peak_bytes"] / losses[SAME_BLAS]["peak_bytes"]
     plain = {f"{name}_of_made_rows": found[name] for name in ("final_loss",) if f"{name}_of_made_rows" not in found}
-    return {**found, **plain, "final_loss": losses, "targets": {**found["targets"], **judged({"final_loss": final})}}
+    targets = {**found["targets"], **judged({"final_loss": final, "peak_memory": peak})}
+    ratios = {**found["ratios"], "peak_memory": spread([peak])}
+    return {**found, **plain, "ratios": ratios, "final_loss": losses, "targets": targets}
 
 
 def told(found: dict[str, Any]) -> Iterator[str]:
