@@ -22,6 +22,8 @@ commands:
   prompt     one prompt to the base or a tuned model, or a conversation: -p TEXT, -a ADAPTER or --run DIR, --compare
              (prompt --help: its own options)
   compare    finished or unfinished runs side by side: RUN RUN ... [--out FILE.html]
+  export     a tuned model for other tools, read back and scored: --adapter DIR --to KIND --out DIR
+             (export --help: the kinds, its own options)
   sweep      a search for good settings by a Weights & Biases sweep file, without an account: FILE.yaml --out DIR
              (sweep --help: its own options)
   ui         the Hamilton UI on this machine alone, for the runs of `train --track` (ui --help: its own options)
@@ -47,7 +49,7 @@ options of train, evaluate, plan and prepare:
   -h, --help                   this text
 """
 
-COMMANDS = ("train", "evaluate", "plan", "prompt", "compare", "sweep", "ui", "prepare", "inputs", "convert", "graph")
+COMMANDS = ("train", "evaluate", "plan", "prompt", "compare", "export", "sweep", "ui", "prepare", "inputs", "convert", "graph")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["prompt"]:  # these four have a help of their own
+    if arguments[:1] == ["prompt"]:  # these have a help of their own
         from finetune_dataflow.cli.prompt import prompt
 
         return prompt(arguments[1:])
@@ -76,6 +78,10 @@ def _run(arguments: list[str]) -> int:
         from finetune_dataflow.cli.compare import compare
 
         return compare(arguments[1:])
+    if arguments[:1] == ["export"]:
+        from finetune_dataflow.cli.export import export
+
+        return export(arguments[1:])
     if arguments[:1] == ["sweep"]:
         from finetune_dataflow.cli.sweep import sweep
 

@@ -69,15 +69,19 @@ class Asked:
         return dict(self.dr.execute(list(nodes), inputs=self.inputs))
 
 
-def read(arguments: Sequence[str]) -> Line:
-    """The words of a command line. Raises UserError for one that is no option, or an option without its value."""
+WHERE = "The prompt is given with -p, the model with --model-id, a YAML file with -c."
+
+
+def read(arguments: Sequence[str], flags: Collection[str] = FLAGS, where: str = WHERE) -> Line:
+    """The words of a command line. Raises UserError for one that is no option, or an option without its value.
+
+    flags: the options that need no value. where: what is said of a word that stands alone.
+    """
     line, words = Line(), list(arguments)
     while words:
         word = words.pop(0)
         if not word.startswith("-"):
-            raise UserError(
-                f"{word!r} was not expected. The prompt is given with -p, the model with --model-id, a YAML file with -c."
-            )
+            raise UserError(f"{word!r} was not expected. {where}")
         name, separator, value = word.partition("=")
         if name == "--set" and (separator or words):
             name, separator, value = (value if separator else words.pop(0)).partition("=")
@@ -85,9 +89,9 @@ def read(arguments: Sequence[str]) -> Line:
                 raise UserError(f"--set {name!r}: expected name=value.")
         option, bare = name, name.lstrip("-").replace("-", "_")
         name = SHORT.get(bare, bare) if not option.startswith("--") else bare
-        if name.startswith("no_") and name[3:] in FLAGS and not separator:
+        if name.startswith("no_") and name[3:] in flags and not separator:
             name, separator, value = name[3:], "=", "false"
-        elif name in FLAGS and not separator:
+        elif name in flags and not separator:
             separator, value = "=", words.pop(0) if words[:1] in (["true"], ["false"]) else "true"
         if not separator:
             if not words:
@@ -119,7 +123,7 @@ def _put(line: Line, option: str, name: str, value: str) -> None:
 
 def asked_for(line: Line) -> Asked:
     """What the command line and the file it names ask for. Raises one UserError with a line for every problem."""
-    label, file = _file(line)
+    label, file = file_of(line)
     replaced = file.values.get("replace")
     if replaced is not None and not isinstance(replaced, dict):
         raise UserError(f"{label}replace={replaced!r}: expected {{node: {{method: path.to.module::function}}}}.")
@@ -131,7 +135,7 @@ def asked_for(line: Line) -> Asked:
     owners = {**shaping, **{name: Input(name, kind, None, "", "") for name, kind in OWN.items()}}
     problems: list[str] = []
     values = {
-        **_values_of_file(file, label, owners, known.keys(), problems),
+        **values_of_file(file, label, owners, known.keys(), problems),
         **_values_of_line(line, owners, known.keys(), problems),
     }
     if problems:
@@ -153,7 +157,7 @@ def _with_adapter(inputs: Mapping[str, Any], adapter_path: str) -> dict[str, Any
     return {**base, **inputs, "adapter_path": adapter_path}
 
 
-def _file(line: Line) -> tuple[str, Config]:
+def file_of(line: Line) -> tuple[str, Config]:
     """The file of inputs that is named, or that the run has, and how problems in it begin; a run's names its adapter."""
     if "run" not in line.given:
         return ("", Config()) if line.config is None else (f"{line.config}: ", read_config(line.config))
@@ -169,12 +173,17 @@ def _file(line: Line) -> tuple[str, Config]:
     return f"{path}: ", Config({**config.values, **fitted}, config.written)
 
 
-def _values_of_file(
-    file: Config, label: str, owners: Mapping[str, Input], known: Collection[str], problems: list[str]
+def values_of_file(
+    file: Config,
+    label: str,
+    owners: Mapping[str, Input],
+    known: Collection[str],
+    problems: list[str],
+    from_line_alone: Collection[str] = FROM_LINE_ALONE,
 ) -> dict[str, Any]:
-    """What a file says of the prompt; what it says of training is left alone, an unknown name is a problem."""
+    """What a file says of `owners`; what it says of training is left alone, an unknown name is a problem."""
     of_training = {*known, *ALIASES, *ALPHAS, *SWITCHES, *OTHER_TOOLS, LORA_PARAMETERS.name, "start", "replace"}
-    usual = [each for each in (*owners, *of_training) if each not in FROM_LINE_ALONE]
+    usual = [each for each in (*owners, *of_training) if each not in from_line_alone]
     values: dict[str, Any] = {}
     for spelling, value in file.values.items():
         name = OTHER_NAMES.get(spelling) or ALIASES.get(spelling, spelling)
@@ -184,7 +193,7 @@ def _values_of_file(
         try:
             if spelling in REFUSED and (problem := refusal(spelling, value)):
                 problems.append(f"{label}{problem}")
-            elif owner is not None and owner.name not in FROM_LINE_ALONE:
+            elif owner is not None and owner.name not in from_line_alone:
                 if owner.name in values:
                     problems.append(f"{label}{owner.name} is given twice, once as {spelling}.")
                 taken = coerced(owner, file.written.get(spelling, value) if owner.type is str else value)
