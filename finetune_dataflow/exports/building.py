@@ -17,7 +17,7 @@ from finetune_dataflow.engine.control_strings import Message
 from finetune_dataflow.engine.fused import Quantized, fuse
 from finetune_dataflow.engine.gguf import convert_gguf
 from finetune_dataflow.engine.gguf_reading import read_lora, read_model, says_bos
-from finetune_dataflow.engine.gguf_tokenizer import adds_bos
+from finetune_dataflow.engine.gguf_tokenizer import adds_bos, gguf_tokenizer
 from finetune_dataflow.engine.gguf_writer import GgufModel, Kind, write_gguf, write_lora_gguf
 from finetune_dataflow.engine.go_template import GoTemplate, prove, translate
 from finetune_dataflow.engine.peft_layout import in_mlx_layout, write_peft
@@ -84,7 +84,10 @@ def check(settings: ExportSettings, source: Tuned) -> GoTemplate | None:
             f"--to {settings.kind}: an adapter of fine_tune_type={method!r} has no GGUF of its own. Fuse it: --to gguf."
         )
     if settings.made.startswith("gguf") and not _quantized(source.base):
-        GgufModel(source.base).tensors("f16")
+        model = GgufModel(source.base)
+        model.tensors("f16")
+        if settings.made == "gguf":
+            gguf_tokenizer(source.base, model.rows)
     if settings.kind == "ollama":
         return go_template(source, source.encoder, adds_bos(source.base))
     return None

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from finetune_dataflow.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 def token() -> str | None:
@@ -43,11 +40,14 @@ def push(directory: Path, hub_id: str, private: bool, dry_run: bool) -> list[str
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    # What the hub's client raises where nobody answers is its HTTP library's error, which its own derives from.
+    network = HfHubHTTPError.__mro__[1]
+
     api = HfApi(token=found)
     try:
         api.create_repo(hub_id, private=private, exist_ok=True, repo_type="model")
         commit = api.upload_folder(repo_id=hub_id, folder_path=directory, commit_message="Fine-tuned model with its card")
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, network, OSError) as error:
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{hub_id} could not be pushed: {said}. The export is in {directory}.") from error
     return [f"Pushed to {commit.repo_url}:", *listed]
