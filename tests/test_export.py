@@ -165,6 +165,16 @@ def test_the_card_has_lineage_verdict_licence_and_use_and_no_text_of_the_data(
     assert lineage["fingerprints"]["base_model"] in card and "| training rows | 48 |" in card
     assert not any(row["question"] in card or row["reply"] in card for row in rows)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/tiny"
+    assert front["base_model"] == "someone/tiny"
+
+
+def test_what_is_pushed_names_no_place_of_this_machine(run: Path, tmp_path: Path) -> None:
+    for kind in ("fused", "gguf", "peft"):
+        named = ["--hub-kind", kind, "--hub-id", "someone/tiny-tuned", "--dry-run", "--gate-rows", "2"]
+        exported(run, tmp_path / kind, "--to", "hub", *named, *(["--base-name", "someone/tiny"] if kind == "peft" else []))
+        for path in (tmp_path / kind).iterdir():
+            assert str(tmp_path.parent).encode() not in path.read_bytes(), path
+        assert not (tmp_path / kind / "used_inputs.txt").exists()
 
 
 def test_an_adapter_apart_from_its_run_needs_data_and_its_card_says_what_is_not_known(

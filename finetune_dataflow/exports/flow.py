@@ -148,7 +148,11 @@ def export_lineage(
         "data": dataset_fingerprint,
     }
     licence = card.licence(export_settings.licence, base_model_path, base_model_name == EMBEDDED_MODEL_ID)
-    return Lineage(base_model_name, fingerprints, run, metrics, licence)
+    local = engine.files.user_path(base_model_name)  # of this machine alone
+    name = export_settings.base_name or (
+        local.name if local.exists() else base_model_name
+    )
+    return Lineage(name, fingerprints, run, metrics, licence)
 
 
 @computed_anew
@@ -184,6 +188,8 @@ def export(
                 "Another kind or type may keep more; --force true writes it all the same."
             )
         _describe(settings, directory, export_lineage, found, built)
+        if settings.hub_id:  # what the fit has seen, as hashes, is of use on this machine alone
+            (directory / engine.adapters.USED_INPUTS).unlink(missing_ok=True)
     pushed = hub.push(settings.out, settings.hub_id, settings.private, settings.dry_run) if settings.hub_id else []
     return Export(settings.out, found, built.lines, tuple(pushed))
 

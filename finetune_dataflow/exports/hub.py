@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from finetune_dataflow.errors import UserError
 
@@ -41,7 +42,7 @@ def push(directory: Path, hub_id: str, private: bool, dry_run: bool) -> list[str
     from huggingface_hub.errors import HfHubHTTPError
 
     # What the hub's client raises where nobody answers is its HTTP library's error, which its own derives from.
-    network = HfHubHTTPError.__mro__[1]
+    network = cast(type[Exception], HfHubHTTPError.__mro__[1])
 
     api = HfApi(token=found)
     try:
