@@ -8,7 +8,7 @@ FIND := for p in $(PYTHON) python3 python3.13 python3.12 python3.11 python3.14 p
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test test-full browser bench env graph screenshots publish-check clean
+.PHONY: run test test-full browser readers bench env graph screenshots publish-check clean
 
 run: $(VENV)/base
 	$(PY) run.py
@@ -19,8 +19,17 @@ test: $(VENV)/dev
 	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples docs/screenshots.py docs/ui_screenshot.py publish tests tests_full
 	$(PY) -m pytest tests
 
-test-full: $(VENV)/dev browser
+test-full: $(VENV)/dev browser readers
 	$(PY) -m pytest tests_full
+
+# PyTorch, transformers, PEFT and llama.cpp, for the tests that exports are read by them, where pip finds PyTorch's CPU build (the
+# other brings gigabytes); else those are skipped. FINETUNE_DATAFLOW_PEERS names a Python that has them.
+readers: $(VENV)/bin/python
+	@if [ -z "$$FINETUNE_DATAFLOW_PEERS" ] && [ ! -e $(PEERS)/readers ]; then \
+	  if $(PIP) install --dry-run --no-deps --ignore-installed 'torch==2.13.0+cpu' >/dev/null 2>&1; then \
+	    echo "Installing PyTorch, transformers, PEFT and llama.cpp for the tests of exports."; \
+	    $(MAKE) --no-print-directory $(PEERS)/readers || echo "They could not be installed: their tests are skipped."; \
+	  else echo "pip finds no CPU build of PyTorch: the tests that need it are skipped (make $(PEERS)/readers installs any)."; fi; fi
 
 # Debian's Chromium and Go for the tests that need them, where they are missing and may be installed; else those are skipped.
 browser:
@@ -73,9 +82,14 @@ $(VENV)/dev: $(VENV)/base
 	@touch $@
 
 $(PEERS)/installed: $(VENV)/bin/python benchmarks/peers/requirements.txt benchmarks/peers/constraints.txt
-	$(PY) -m venv $(PEERS)
+	@[ -x $(PEERS)/bin/python ] || $(PY) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install -c benchmarks/peers/constraints.txt \
 	  -r benchmarks/peers/requirements.txt
+	@touch $@
+
+$(PEERS)/readers: $(VENV)/bin/python tests_full/readers.txt benchmarks/peers/constraints.txt
+	@[ -x $(PEERS)/bin/python ] || $(PY) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check --quiet install -c benchmarks/peers/constraints.txt -r tests_full/readers.txt
 	@touch $@
 
 clean:

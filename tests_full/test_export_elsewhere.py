@@ -19,10 +19,9 @@ import pytest
 from finetune_dataflow.cli import main
 from tests.conftest import WORDS
 from tests.test_gguf_writer import write_model
+from tests_full.outside import python_with
 
 ROOT = Path(__file__).resolve().parents[1]
-PEERS = Path(os.environ.get("FINETUNE_DATAFLOW_PEERS", ROOT / ".venv-peers" / "bin" / "python"))
-LLAMA_CPP = os.environ.get("FINETUNE_DATAFLOW_LLAMA_CPP", "")
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +39,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("kind", "reader"), [("fused", "transformers"), ("peft", "peft")])
 def test_transformers_and_peft_read_what_mlx_lm_does(run: Path, tmp_path: Path, kind: str, reader: str) -> None:
-    if not PEERS.is_file():
-        pytest.skip(f"there is no {PEERS} with torch, transformers and peft: set FINETUNE_DATAFLOW_PEERS, or run make bench once")
-    out = tmp_path / "out"
-    command = ["export", "--adapter", str(run / "adapters"), "--to", kind, "--out", str(out), "--check-with", str(PEERS)]
+    python, out = python_with("torch", "transformers", "peft"), tmp_path / "out"
+    command = ["export", "--adapter", str(run / "adapters"), "--to", kind, "--out", str(out), "--check-with", str(python)]
     assert main([*command, "--gate-rows", "4"]) == 0
     scores = json.loads((out / "export.json").read_text())["gate"]["scores"]
     assert [each["reader"].split()[0] for each in scores] == ["mlx-lm", reader]
@@ -51,10 +48,8 @@ def test_transformers_and_peft_read_what_mlx_lm_does(run: Path, tmp_path: Path, 
 
 
 def test_llama_cpp_gives_the_adapters_replies_to_a_gguf_file(run: Path, tmp_path: Path) -> None:
-    if not LLAMA_CPP:
-        pytest.skip("FINETUNE_DATAFLOW_LLAMA_CPP names no Python with the package xllamacpp")
-    out = tmp_path / "out"
-    command = ["export", "--adapter", str(run / "adapters"), "--to", "gguf", "--out", str(out), "--check-with", LLAMA_CPP]
+    python, out = python_with("xllamacpp"), tmp_path / "out"
+    command = ["export", "--adapter", str(run / "adapters"), "--to", "gguf", "--out", str(out), "--check-with", str(python)]
     assert main([*command, "--gate-rows", "4"]) == 0
     scores = json.loads((out / "export.json").read_text())["gate"]["scores"]
     (found,) = (each for each in scores if each["reader"].startswith("llama.cpp"))

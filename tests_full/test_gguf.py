@@ -1,8 +1,4 @@
-"""Fused models and GGUF files read by transformers and by llama.cpp, where they are at hand.
-
-FINETUNE_DATAFLOW_PEERS names a Python with torch and transformers (else .venv-peers/bin/python), FINETUNE_DATAFLOW_LLAMA_CPP one
-with the package xllamacpp, which is llama.cpp with Python around it. What is not there is skipped.
-"""
+"""Fused models and GGUF files read by transformers and by llama.cpp, where they are at hand (`tests_full.outside`)."""
 
 from __future__ import annotations
 
@@ -32,6 +28,7 @@ from finetune_dataflow.engine.settings import GenerationSettings
 from tests.architectures import write_architecture
 from tests.test_fused import METHODS, write_adapter
 from tests.test_gguf_writer import IDS, NAMES, WORDS, logits, read_back, write_model
+from tests_full.outside import python_with
 
 ROOT = Path(__file__).resolve().parents[1]
 FUSED = (
@@ -76,9 +73,7 @@ def asking(python: Path, worker: str, directory: Path, path: str = "") -> Asking
 @pytest.fixture(scope="session")
 def transformers_says(tmp_path_factory: pytest.TempPathFactory) -> Asking:
     """Ask transformers. It reads GGUF through the package gguf, which is lent to it from here."""
-    python = Path(os.environ.get("FINETUNE_DATAFLOW_PEERS", ROOT / ".venv-peers" / "bin" / "python"))
-    if not python.is_file():
-        pytest.skip(f"there is no {python} with torch and transformers: set FINETUNE_DATAFLOW_PEERS, or run make bench once")
+    python = python_with("torch", "transformers")
     directory = tmp_path_factory.mktemp("transformers")
     lent = directory / "lent"
     lent.mkdir()
@@ -90,10 +85,7 @@ def transformers_says(tmp_path_factory: pytest.TempPathFactory) -> Asking:
 @pytest.fixture(scope="session")
 def llama_cpp_says(tmp_path_factory: pytest.TempPathFactory) -> Asking:
     """Ask llama.cpp."""
-    python = os.environ.get("FINETUNE_DATAFLOW_LLAMA_CPP", "")
-    if not python:
-        pytest.skip("FINETUNE_DATAFLOW_LLAMA_CPP names no Python with the package xllamacpp")
-    return asking(Path(python), "llama_cpp_worker.py", tmp_path_factory.mktemp("llama_cpp"))
+    return asking(python_with("xllamacpp"), "llama_cpp_worker.py", tmp_path_factory.mktemp("llama_cpp"))
 
 
 @pytest.fixture(scope="module")
