@@ -177,6 +177,19 @@ def test_what_is_pushed_names_no_place_of_this_machine(run: Path, tmp_path: Path
         assert not (tmp_path / kind / "used_inputs.txt").exists()
 
 
+@pytest.mark.parametrize(("how", "loads_in"), [("dequantize", "mlx-lm and transformers"), ("requantize", "mlx-lm")])
+def test_a_quantised_base_is_fused_either_way_and_keeps_what_was_learned(
+    run: Path, data_file: Path, tiny_model: Path, tmp_path: Path, how: str, loads_in: str
+) -> None:
+    base = ["--model", str(tiny_model), "--quantize-bits", "4", "--quantize-group-size", "32"]
+    keys = ["--data", str(data_file), "--input-text-key", "question", "--output-text-key", "reply"]
+    named = ["--adapter", str(run / "adapters"), "--to", "fused", "--out", str(tmp_path / "out"), "--gate-rows", "4"]
+    assert main(["export", *named, *base, *keys, "--quantized", how]) == 0
+    found = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert found["gate"]["scores"][0]["kl_mean"] < 1e-3 and found["survival"]["least"] > 0.8
+    assert f"It loads in {loads_in}." in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_an_adapter_apart_from_its_run_needs_data_and_its_card_says_what_is_not_known(
     run: Path, data_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
