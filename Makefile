@@ -17,7 +17,7 @@ test: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy finetune_dataflow run.py benchmarks examples docs/screenshots.py docs/ui_screenshot.py publish tests tests_full
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 test-full: $(VENV)/dev browser readers
 	$(PY) -m pytest tests_full
