@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import datasets
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +17,7 @@ from finetune_dataflow.errors import UserError
 
 if TYPE_CHECKING:
     from finetune_dataflow.sweeps.agent import AgentJob
+    from finetune_dataflow.sweeps.clusters import Cluster
     from finetune_dataflow.sweeps.results import SweepResult
     from finetune_dataflow.sweeps.study import Study
     from finetune_dataflow.sweeps.sweep_file import SweepFile
@@ -32,14 +32,31 @@ usage: run.py sweep FILE.yaml [--out DIR] [options]
   FILE                 method (grid, random, bayes), metric, parameters, early_terminate (docs/sweeps.md)
   --out DIR            the sweep's directory: study.db, trials/0 ..., best, sweep.html (default: runs/sweep-<file>-<fingerprint>)
   --trials N           at most so many trials (default: the file's run_cap; a grid whole, else 10)
-  --jobs N             so many trials at the same time, each in a process of its own (default: 1)
-  --storage URL        keep the study in this database, as Optuna takes it, instead of an SQLite file in DIR
+  --jobs N             so many trials at the same time, each in a process of its own (default: 1; one for each machine of a
+                       cluster with an address)
+  --executor NAME      where they run: local, ray or dask (default: local; docs/sweeps.md, "Over machines")
+  --executor-address A the cluster's address: host:port, ray://host:10001, tcp://host:8786 (default: a cluster on 127.0.0.1,
+                       started for the sweep and shut down after it)
+  --storage URL        keep the study in this database instead of an SQLite file in DIR: any URL that Optuna takes, journal:///FILE,
+                       redis://HOST or grpc://HOST:PORT
+  --artifacts URL      put each trial that ends there, a shared path or a URL of fsspec (s3://bucket/sweeps), whole or not at all;
+                       machines of a cluster then need not share DIR
   --wandb-project P    log each trial to this project of Weights & Biases (docs/tracking-wandb.md)
   --wandb-run NAME     what the trials are called there: NAME-0, NAME-1, ... (default: the sweep's name)
   any option of train  what all trials have in common: --data FILE, -c FILE.yaml, --epochs 2 ...
   -h, --help           this text
 """
-OWN = ("--out", "--trials", "--jobs", "--storage", "--wandb-project", "--wandb-run")
+OWN = (
+    "--out",
+    "--trials",
+    "--jobs",
+    "--executor",
+    "--executor-address",
+    "--storage",
+    "--artifacts",
+    "--wandb-project",
+    "--wandb-run",
+)
 USUAL_TRIALS = 10
 # What a trial may not change, and why.
 SPLIT = "it decides which rows are held out, and trials that differ in it cannot be compared"
@@ -58,11 +75,14 @@ class SweepOptions:
     file: Path
     out: str
     trials: int | None
-    jobs: int
+    jobs: int | None
     storage: str
     project: str
     run_name: str
     arguments: tuple[str, ...]
+    executor: str = "local"
+    address: str = ""
+    artifacts: str = ""
 
 
 def sweep(arguments: Sequence[str]) -> int:
@@ -78,8 +98,10 @@ def sweep(arguments: Sequence[str]) -> int:
     from finetune_dataflow.cli.train import check_settings
     from finetune_dataflow.engine import files
     from finetune_dataflow.sweeps.agent import METRICS, spellings
+    from finetune_dataflow.sweeps.clusters import check_executor
     from finetune_dataflow.sweeps.sweep_file import read_sweep
 
+    check_executor(own.executor, own.address)
     if own.project:
         from finetune_dataflow.engine.reporting import reporting_settings
 
@@ -88,37 +110,114 @@ def sweep(arguments: Sequence[str]) -> int:
     search = read_sweep(own.file, *spellings(options), METRICS)
     check_parameters(search, options)
     check_settings([options])
-    plan = common_plan(search, options)
-    default = Path("runs") / f"sweep-{own.file.stem}-{files.fingerprint(plan)[:8]}"
-    directory = files.make_output_directory(files.user_path(own.out) if own.out else default)
     for notice in search.notices:
         print(notice)
-    job = _job(own, search, options, plan, directory)
-    return _run(own, search, options, job)
+    with ExitStack() as held:
+        cluster = _reached(own, held)
+        plan = common_plan(search, options)
+        default = Path("runs") / f"sweep-{own.file.stem}-{files.fingerprint(plan)[:8]}"
+        directory = files.user_path(own.out) if own.out else default
+        fresh = not directory.exists()
+        job = _job(own, search, options, plan, files.make_output_directory(directory))
+        try:
+            job, agents = _ready(own, options, job, cluster)
+        except UserError:
+            if fresh and not any(directory.iterdir()):
+                directory.rmdir()
+            raise
+        with files.locked(directory):
+            study = _worked(job, search, cluster, agents)
+            held.close()  # the cluster is not needed any more
+            return _finished(own, search, options, job, study)
 
 
-def _run(own: SweepOptions, search: SweepFile, options: Options, job: AgentJob) -> int:
+def _reached(own: SweepOptions, held: ExitStack) -> Cluster | None:
+    """The cluster that is meant, held open by `held`. Raises UserError where it, or the study's storage, does not answer."""
+    from finetune_dataflow.sweeps.clusters import cluster
+    from finetune_dataflow.sweeps.storage import check_storage
+
+    if own.storage:
+        check_storage(own.storage)
+    return None if own.executor == "local" else held.enter_context(cluster(own.executor, own.address, own.jobs or 1))
+
+
+def _ready(own: SweepOptions, options: Options, job: AgentJob, cluster: Cluster | None) -> tuple[AgentJob, int]:
+    """The job and the number of agents, once everybody is known to see what they need. Raises UserError where one does not."""
+    from finetune_dataflow.sweeps import probe
+    from finetune_dataflow.sweeps.artifacts import Artifacts
+    from finetune_dataflow.sweeps.storage import network_file_system, redacted
+
+    database = _sqlite_file(own.storage) if own.storage else Path(job.directory) / "study.db"
+    kind = network_file_system(database.parent) if database is not None else None
+    if kind is not None and (cluster is not None or own.storage):
+        print(
+            f"{database} is on a network file system ({kind}), whose locks SQLite cannot always trust. With agents on several "
+            "machines, a database server is safer: --storage postgresql://...",
+            file=sys.stderr,
+        )
+    if cluster is None:
+        if own.artifacts:
+            token = f".probe-{job.session}"
+            artifacts = Artifacts(own.artifacts, job.name)
+            artifacts.check(token)
+            artifacts.clear(token)
+        return job, own.jobs or 1
+    modules = [each.__file__ for each in options.modules]
+    paths = probe.paths_of(options.inputs, [own.file, options.config, *modules, database if own.storage else None])
+    said = probe.check_workers(cluster, job, paths)
+    agents = own.jobs or (len({each["host"] for each in said}) if own.address else 1)
+    where = redacted(own.address) or "127.0.0.1"
+    print(f"{own.executor.capitalize()} at {where}: {agents} agent{'s' if agents > 1 else ''} on {_hosts(said)}.")
+    return replace(job, threads=probe.threads_each(said, agents)), agents
+
+
+def _hosts(said: Sequence[Mapping[str, Any]]) -> str:
+    names = sorted({str(each["host"]) for each in said})
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} machines"
+
+
+def _sqlite_file(url: str) -> Path | None:
+    return Path(url.partition(":///")[2]).absolute() if url.startswith("sqlite") and ":///" in url else None
+
+
+def _worked(job: AgentJob, search: SweepFile, cluster: Cluster | None, agents: int) -> Study:
+    """The study, once no trial is left to be done."""
+    from finetune_dataflow.sweeps import running
+    from finetune_dataflow.sweeps.agent import study_of
+
+    study = study_of(replace(job, away=False), search, shared=cluster is not None)
+    done = len([each for each in study.results() if each.state != "running"])
+    print(f"{job.directory}: {done} trials done{'' if job.most is None else f' of at most {job.most}'}.")
+    if cluster is None:
+        running.run_here(job, agents, study)
+    else:
+        running.run_there(cluster, job, agents, study)
+    return study
+
+
+def _finished(own: SweepOptions, search: SweepFile, options: Options, job: AgentJob, study: Study) -> int:
+    """Promote the best trial, write the page and print the table; the exit code."""
     from finetune_dataflow.engine import files
-    from finetune_dataflow.sweeps import page, results, study
+    from finetune_dataflow.sweeps import page, results
+    from finetune_dataflow.sweeps.artifacts import Artifacts
 
-    directory = Path(job.directory)
-    with files.locked(directory):
-        opened = study.opened(search, directory, job.storage, job.plan, job.most, job.seed)
-        done = len([each for each in opened.results() if each.state != "running"])
-        print(f"{directory}: {done} trials done{'' if job.most is None else f' of at most {job.most}'}.")
-        run_agents(job, own.jobs)
-        found = opened.results()
-        best = opened.best()
-        metrics = None if best is None else promoted(options, opened, best.number)
-        result = results.SweepResult(
-            search.name or own.file.stem, str(own.file), search.method, search.metric.name, search.metric.goal,
-            tuple(each.name for each in search.parameters), tuple(found), None if best is None else best.number, metrics,
-            (),
-        )  # fmt: skip
-        logarithmic = frozenset(each.name for each in search.parameters if "log" in each.distribution)
-        files.write_text(directory / "sweep.html", page.sweep_page(result, logarithmic, str(directory / "best") if best else ""))
-        print(*results.table(result), sep="\n")
-        return _told(directory, result)
+    artifacts = Artifacts(own.artifacts, job.name) if own.artifacts else None
+    if artifacts is not None:
+        for number in range(len(study.study.get_trials(deepcopy=False))):
+            artifacts.fetch(number, study.trial_directory(number), everything=False)
+    found, best = study.results(), study.best()
+    if artifacts is not None and best is not None:
+        artifacts.fetch(best.number, study.trial_directory(best.number), everything=True)
+    metrics = None if best is None else promoted(options, study, best.number)
+    result = results.SweepResult(
+        search.name or own.file.stem, str(own.file), search.method, search.metric.name, search.metric.goal,
+        tuple(each.name for each in search.parameters), tuple(found), None if best is None else best.number, metrics, (),
+    )  # fmt: skip
+    logarithmic = frozenset(each.name for each in search.parameters if "log" in each.distribution)
+    best_page = str(study.directory / "best") if best else ""
+    files.write_text(study.directory / "sweep.html", page.sweep_page(result, logarithmic, best_page))
+    print(*results.table(result), sep="\n")
+    return _told(study.directory, result)
 
 
 def _told(directory: Path, result: SweepResult) -> int:
@@ -160,8 +259,9 @@ def sweep_options(arguments: Sequence[str]) -> SweepOptions:
     if "--wandb-run" in own and "--wandb-project" not in own:
         raise UserError("--wandb-run names trials in a project of Weights & Biases. Give --wandb-project, too.")
     return SweepOptions(
-        Path(files[0]), own.get("--out", ""), _count(own, "--trials"), _count(own, "--jobs") or 1, own.get("--storage", ""),
+        Path(files[0]), own.get("--out", ""), _count(own, "--trials"), _count(own, "--jobs"), own.get("--storage", ""),
         own.get("--wandb-project", ""), own.get("--wandb-run", ""), tuple(others),
+        own.get("--executor", "local"), own.get("--executor-address", ""), own.get("--artifacts", ""),
     )  # fmt: skip
 
 
@@ -239,71 +339,9 @@ def _job(own: SweepOptions, search: SweepFile, options: Options, plan: dict[str,
     return AgentJob(
         str(own.file.resolve()), str(directory.resolve()), own.arguments, plan, own.storage, most,
         int(options.inputs.get("random_state", 42)), uuid.uuid4().hex, str(Path.cwd()),
-        project=own.project, run_name=own.run_name or search.name or own.file.stem,
+        project=own.project, run_name=own.run_name or search.name or own.file.stem, artifacts=own.artifacts,
+        away=own.executor != "local",
     )  # fmt: skip
-
-
-def run_agents(job: AgentJob, jobs: int) -> None:
-    """Let agents work until no trial is left: one here, or so many in processes of their own."""
-    if jobs == 1:
-        _execute(job, 1, None)
-        return
-    from concurrent.futures.process import BrokenProcessPool
-
-    cores = os.cpu_count() or 1
-    shared = replace(job, threads=max(1, cores // jobs))
-    while True:
-        try:
-            with _threads_of_children(shared.threads or 1):
-                _execute(shared, jobs, _processes(jobs))
-            return
-        except BrokenProcessPool:  # one was killed, perhaps for its memory: its trial is begun again, or told as failed
-            print("A process of a trial ended without a word. The others go on.", file=sys.stderr)
-
-
-def _execute(job: AgentJob, agents: int, executor: Any) -> None:
-    from hamilton import driver
-    from hamilton.execution import executors
-
-    from finetune_dataflow.sweeps import flow
-
-    dr = (
-        driver.Builder()
-        .with_modules(flow)
-        .enable_dynamic_execution(allow_experimental_mode=True)
-        .with_local_executor(executors.SynchronousLocalTaskExecutor())
-        .with_remote_executor(executor or executors.SynchronousLocalTaskExecutor())
-        .build()
-    )
-    dr.execute(["ended_trials"], inputs={"agent_jobs": [job] * agents})
-
-
-def _processes(count: int) -> Any:
-    """Hamilton's executor over new processes: a fork would share locks and threads that BLAS and MLX hold."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    from hamilton.execution.executors import PoolExecutor
-
-    class NewProcesses(PoolExecutor):
-        def create_pool(self) -> ProcessPoolExecutor:
-            return ProcessPoolExecutor(self.max_tasks, mp_context=multiprocessing.get_context("spawn"))
-
-    return NewProcesses(count)
-
-
-@contextmanager
-def _threads_of_children(count: int) -> Iterator[None]:
-    """Processes that are started within the block give their BLAS so many threads, where the user does not say how many."""
-    name = "OPENBLAS_NUM_THREADS"
-    if os.environ.get(name):
-        yield
-        return
-    os.environ[name] = str(count)
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def promoted(options: Options, study: Study, number: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from finetune_dataflow.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
+    from fsspec import AbstractFileSystem
 
 _PACKAGES = {  # the pip package that teaches fsspec a scheme, where it is not the one that cannot be imported
     **dict.fromkeys(("s3", "s3a"), "s3fs"),
@@ -41,7 +41,7 @@ def scheme_of(location: str) -> str:
 
 def opened(location: str) -> tuple[AbstractFileSystem, str]:
     """The file system of a URL and the path in it."""
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.core import url_to_fs
 
     filesystem, path = url_to_fs(location)
     return filesystem, str(path)
@@ -85,7 +85,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _unreadable(location: str, error: Exception) -> UserError:
-    from fsspec.registry import known_implementations  # type: ignore[import-untyped]
+    from fsspec.registry import known_implementations
 
     scheme = scheme_of(location)
     hint = "" if scheme in known_implementations else nearest(scheme, known_implementations)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,23 @@ from finetune_dataflow.cli.cache import cached_driver
 from finetune_dataflow.cli.options import ALIASES, RIVALS, Input, Options, build_driver, coerced, graph_inputs, parse
 from finetune_dataflow.engine.colors import plain_text
 from finetune_dataflow.engine.event_log import listening
+from finetune_dataflow.engine.user_cache import user_cache_directory
 from finetune_dataflow.errors import UserError
 from finetune_dataflow.sweeps import early_stop
+from finetune_dataflow.sweeps.artifacts import Artifacts
+from finetune_dataflow.sweeps.claims import ClaimLost
 from finetune_dataflow.sweeps.results import TrialResult
-from finetune_dataflow.sweeps.study import MOST_ATTEMPTS, Claim, Study, metric_curve, metric_history, opened, read_result
+from finetune_dataflow.sweeps.study import (
+    MOST_ATTEMPTS,
+    RESULT,
+    Claim,
+    Study,
+    metric_curve,
+    metric_history,
+    opened,
+    plain,
+    read_result,
+)
 from finetune_dataflow.sweeps.sweep_file import SweepFile, read_sweep
 
 METRICS = (
@@ -46,14 +60,17 @@ logger = logging.getLogger(__name__)
 class AgentJob:
     """What an agent is told, all of it text and numbers, so that it can be told to a process anywhere.
 
-    arguments: the options of the run as they stood on the command line. session: a name of this call of the sweep.
+    arguments: the options of the run as they stood on the command line. session: a name of this call of the sweep. storage: a
+    URL, perhaps with a password, which is why it is in no message. artifacts: a URL that ended trials are put at. away: the
+    agent is a task of a cluster, perhaps on another machine; it works in a process of its own, and stops when the sweep does.
+    patient: it waits for trials that others hold.
     """
 
     file: str
     directory: str
     arguments: tuple[str, ...]
     plan: dict[str, Any]
-    storage: str = ""
+    storage: str = field(default="", repr=False)
     most: int | None = None
     seed: int = 42
     session: str = ""
@@ -61,6 +78,21 @@ class AgentJob:
     threads: int | None = None
     project: str = ""
     run_name: str = ""
+    artifacts: str = field(default="", repr=False)
+    away: bool = False
+    patient: bool = False
+
+    @property
+    def place(self) -> Path:
+        """Where this agent's trials are: the sweep's directory, or one of this machine where they are put elsewhere."""
+        if not (self.away and self.artifacts):
+            return Path(self.directory)
+        return engine.files.make_output_directory(user_cache_directory() / "sweeps" / self.name)
+
+    @property
+    def name(self) -> str:
+        """What tells this sweep from others."""
+        return engine.files.fingerprint(self.plan)[:16]
 
 
 class TrialStopped(Exception):
@@ -69,23 +101,47 @@ class TrialStopped(Exception):
 
 def work(job: AgentJob) -> list[int]:
     """Take trials until there are none left; the numbers of those that were brought to an end here."""
-    if job.workplace and Path.cwd() != Path(job.workplace):
+    if job.workplace and Path.cwd() != Path(job.workplace) and Path(job.workplace).is_dir():
         os.chdir(job.workplace)
     options = parse(list(job.arguments), "base")
     inputs = graph_inputs(build_driver("base", options.modules))
     sweep = read_sweep(Path(job.file), *spellings(options), METRICS)
-    study = opened(sweep, Path(job.directory), job.storage, job.plan, job.most, job.seed)
+    study = study_of(job, sweep)
+    artifacts = Artifacts(job.artifacts, job.name) if job.artifacts else None
     ended: list[int] = []
     while True:
-        with study.claimed(job.session) as claim:
-            if claim is None:
-                return ended
-            result = read_result(claim.directory) or _attempted(
-                job, options, study, replace(claim, parameters=typed(claim.parameters, inputs))
-            )
-            study.tell(claim, result)
-            ended.append(claim.number)
-            logger.info("%s", told(result, sweep, study.best()))
+        try:
+            with study.claimed(job.session, job.patient) as claim:
+                if claim is None:
+                    return ended
+                result = read_result(claim.directory) or _attempted(
+                    job, options, study, replace(claim, parameters=typed(claim.parameters, inputs))
+                )
+                _told(study, claim, result, artifacts)
+                if artifacts is not None and job.place != Path(job.directory):
+                    shutil.rmtree(claim.directory, ignore_errors=True)
+        except ClaimLost as lost:
+            logger.warning("%s", lost)
+            continue
+        ended.append(claim.number)
+        logger.info("%s", told(result, sweep, study.best()))
+
+
+def study_of(job: AgentJob, sweep: SweepFile, shared: bool = False) -> Study:
+    """The study that an agent takes its trials from; shared: with agents elsewhere, whatever this one is."""
+    shared = shared or job.away or bool(job.storage)
+    return opened(
+        sweep, job.place, job.storage, job.plan, job.most, job.seed, shared, job.session, watched=job.away,
+        home=Path(job.directory),
+    )  # fmt: skip
+
+
+def _told(study: Study, claim: Claim, result: TrialResult, artifacts: Artifacts | None) -> None:
+    """Write down what came of a trial, once its files are where the rest of the sweep finds them."""
+    if artifacts is not None:
+        engine.files.write_json(claim.directory / RESULT, plain(result))
+        artifacts.put(claim.number, claim.directory)
+    study.tell(claim, result)
 
 
 def typed(parameters: Mapping[str, Any], inputs: Mapping[str, Input]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hamilton.htypes import Collect, Parallelizable
 
 from finetune_dataflow.sweeps.agent import AgentJob, work
+from finetune_dataflow.sweeps.agent_process import in_own_process
 
 
 def agent_job(agent_jobs: list[AgentJob]) -> Parallelizable[AgentJob]:
@@ -14,7 +15,7 @@ def agent_job(agent_jobs: list[AgentJob]) -> Parallelizable[AgentJob]:
 
 def agent_trials(agent_job: AgentJob) -> list[int]:
     """The numbers of the trials that one agent brought to an end."""
-    return work(agent_job)
+    return in_own_process(agent_job) if agent_job.away else work(agent_job)
 
 
 def ended_trials(agent_trials: Collect[list[int]]) -> list[int]:

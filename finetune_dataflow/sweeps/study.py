@@ -1,18 +1,19 @@
 """The study of a sweep: which trials there are, whose turn it is, what came of them.
 
 Optuna keeps it in a database, by default an SQLite file in the sweep's directory. Agents, in one process or in many, take
-turns at asking for a trial; whoever has a trial holds the lock of its directory. So a trial that the study believes to be
-running, and whose directory nobody holds, was killed: it is done again, with its own parameters, in its own directory.
+turns at asking for a trial; whoever has a trial holds the lock of its directory, and over several machines a claim in the
+study as well. So a trial that the study believes to be running, and that nobody holds, was killed: it is done again, with
+its own parameters, in its own directory.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import math
-import sqlite3
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,16 +22,21 @@ from finetune_dataflow.engine import files
 from finetune_dataflow.engine.settings import differences
 from finetune_dataflow.errors import UserError
 from finetune_dataflow.sweeps import search
+from finetune_dataflow.sweeps.claims import ClaimLost, Desk, FileDesk, SharedDesk
 from finetune_dataflow.sweeps.results import TrialResult
+from finetune_dataflow.sweeps.storage import first_line, redacted, storage_errors, without_secrets
+from finetune_dataflow.sweeps.storage import storage as storage_at
 from finetune_dataflow.sweeps.sweep_file import SweepFile
 
 if TYPE_CHECKING:
     import optuna
 
 STUDY, TRIALS, RESULT = "study.db", "trials", "trial.json"
-PLAN, ATTEMPTS = "plan", "attempts"  # user attributes of the study and its trials
+PLAN, ATTEMPTS, ERROR = "plan", "attempts", "error"  # user attributes of the study and its trials
 MOST_ATTEMPTS = 2  # of one call of the sweep, for a trial whose process ends without a word
-WAIT_SECONDS = 120  # for a database that another process writes
+LOOKING_SECONDS = 1.0  # between two looks at trials that others hold
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,34 +52,60 @@ class Claim:
 
 @dataclass(frozen=True)
 class Study:
-    """An opened study, its sweep, and where its files are. most: trials at most, None for as many as there are."""
+    """An opened study, its sweep, and where its files are. most: trials at most, None for as many as there are.
+
+    desk: how trials are claimed here.
+    """
 
     study: optuna.Study
     sweep: SweepFile
     directory: Path
     most: int | None
+    desk: Desk
 
     def trial_directory(self, number: int) -> Path:
         """Where a trial's run is."""
         return self.directory / TRIALS / str(number)
 
     @contextmanager
-    def claimed(self, session: str) -> Iterator[Claim | None]:
-        """The next trial, held for the block: one that was killed, or a new one; None where there is none left."""
+    def claimed(self, session: str, patient: bool = False) -> Iterator[Claim | None]:
+        """The next trial, held for the block: one that was killed, or a new one; None where there is none left.
+
+        patient: trials that others hold are waited for, until they are told or turn out to be nobody's. Raises ClaimLost where
+        another agent takes the trial meanwhile, and StopAsked where the sweep is stopped.
+        """
         with ExitStack() as held:
-            with _turn(self.directory):
-                claim = self._orphan(session, held) or self._new(session, held)
+            while True:
+                with self.desk.turn():
+                    claim = self._orphan(session, held) or self._new(session, held)
+                if claim is not None or not patient or not self.running():
+                    break
+                time.sleep(LOOKING_SECONDS)
+            if claim is not None:
+                held.enter_context(self.desk.holding(claim.trial))
             yield claim
+
+    def running(self) -> list[int]:
+        """The numbers of the trials that have not ended."""
+        return [each.number for each in self.study.get_trials(deepcopy=False) if not each.state.is_finished()]
 
     def tell(self, claim: Claim, result: TrialResult) -> None:
         """Write down what came of a trial. The trial's own file comes first: a kill in between loses nothing."""
+        from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
 
         files.write_json(claim.directory / RESULT, plain(result))
         states = {"complete": TrialState.COMPLETE, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
         value = result.value if result.state == "complete" else None
-        with _turn(self.directory):
-            self.study.tell(claim.trial, value, states[result.state])
+        with self.desk.turn():
+            try:
+                if result.error:
+                    claim.trial.set_user_attr(ERROR, result.error[:500])
+                self.study.tell(claim.trial, value, states[result.state])
+            except (UpdateFinishedTrialError, ValueError) as error:
+                if claim.number in self.running():
+                    raise
+                raise ClaimLost(f"Trial {claim.number} was brought to an end by another agent.") from error
 
     def results(self) -> list[TrialResult]:
         """Every trial so far, in the order of its number."""
@@ -90,25 +122,33 @@ class Study:
         return min(complete, key=lambda each: sign * (each.value or 0.0), default=None)
 
     def curves(self) -> list[list[float]]:
-        """What each trial's metric was at each of its validations, from the trials' own logs."""
-        count = len(self.study.get_trials(deepcopy=False))
-        return [metric_history(self.trial_directory(number), self.sweep.metric.name) for number in range(count)]
+        """What each trial's metric was at each of its validations, from its own log, or as it was reported to the study."""
+        return [
+            metric_history(self.trial_directory(each.number), self.sweep.metric.name)
+            or [value for _, value in sorted(each.intermediate_values.items())]
+            for each in self.study.get_trials(deepcopy=False)
+        ]
 
     def _bare(self, trial: optuna.trial.FrozenTrial) -> TrialResult:
         """What the study alone knows of a trial."""
         names = {"COMPLETE": "complete", "PRUNED": "stopped", "FAIL": "failed"}
         directory = self.trial_directory(trial.number)
-        curve = metric_curve(directory, "validation_loss")
+        curve = metric_curve(directory, "validation_loss") or sorted(self._reported_losses(trial))
         parameters = dict(trial.user_attrs.get(search.PARAMETERS, {}))
         state, seconds = names.get(trial.state.name, "running"), trial.duration.total_seconds() if trial.duration else 0.0
-        error = "its files are gone" if state == "failed" else None
+        error = trial.user_attrs.get(ERROR, "its files are gone") if state == "failed" else None
         return TrialResult(trial.number, state, parameters, trial.value, {}, tuple(curve), seconds, error, str(directory))
+
+    def _reported_losses(self, trial: optuna.trial.FrozenTrial) -> list[tuple[int, float]]:
+        return [*trial.intermediate_values.items()] if self.sweep.metric.name == "validation_loss" else []
 
     def _orphan(self, session: str, held: ExitStack) -> Claim | None:
         import optuna
         from optuna.trial import TrialState
 
         for frozen in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not self.desk.free(frozen):
+                continue
             directory = files.make_output_directory(self.trial_directory(frozen.number))
             try:
                 held.enter_context(files.locked(directory))
@@ -131,6 +171,7 @@ class Study:
         if parameters is None:
             parameters = search.suggest(trial, self.sweep)
             trial.set_user_attr(search.PARAMETERS, parameters)
+        self.desk.take(trial)
         before = trial.user_attrs.get(ATTEMPTS, {}).get(session, 0)
         trial.set_user_attr(ATTEMPTS, {session: before + 1})
         return Claim(trial.number, dict(parameters), directory, before + 1, trial)
@@ -146,21 +187,26 @@ class Study:
         return best.value >= target if self.sweep.metric.goal == "maximize" else best.value <= target
 
 
-def opened(sweep: SweepFile, directory: Path, storage: str, plan: Mapping[str, Any], most: int | None, seed: int) -> Study:
-    """The study in `directory`, made where there is none.
+def opened(
+    sweep: SweepFile, directory: Path, storage: str, plan: Mapping[str, Any], most: int | None, seed: int,
+    shared: bool = False, session: str = "", watched: bool = False, home: Path | None = None,
+) -> Study:  # fmt: skip
+    """The study whose trials are in `directory`, made where there is none.
 
-    storage: a URL as Optuna takes it; empty for an SQLite file in the directory. plan: what makes this sweep this one.
+    storage: a URL (`storage.storage`); empty for an SQLite file in the directory, or in `home`. plan: what makes this sweep this
+    one. shared: agents elsewhere may be at it, too, so trials are claimed in the study; session and watched as in `SharedDesk`.
     Raises UserError where the study cannot be read, or is another sweep's, naming what differs.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    where = storage or str(directory / STUDY)
+    where = redacted(storage) or str(directory / STUDY)
+    url = storage or database_url(home or directory)
+    broken: tuple[type[Exception], ...] = (*storage_errors(), AssertionError, KeyError)
     try:
-        with _turn(directory):
+        with nullcontext() if shared else FileDesk(directory).turn():
             study = optuna.create_study(
-                storage=_storage(storage or f"sqlite:///{(directory / STUDY).resolve()}"),
+                storage=storage_at(url),
                 sampler=search.sampler(sweep, seed),
                 study_name=f"finetune-dataflow-{files.fingerprint(dict(plan))[:16]}" if storage else "sweep",
                 direction=optuna.study.StudyDirection.MAXIMIZE
@@ -171,36 +217,28 @@ def opened(sweep: SweepFile, directory: Path, storage: str, plan: Mapping[str, A
             there = study.user_attrs.get(PLAN)
             if there is None:
                 study.set_user_attr(PLAN, json.loads(json.dumps(plan)))
-    except (SQLAlchemyError, sqlite3.Error, optuna.exceptions.StorageInternalError, AssertionError, KeyError) as error:
-        raise UserError(
-            f"The study {where} cannot be read or written ({_first_line(error)}). Move it away to begin a new one: the trials in "
-            f"{directory / TRIALS} stay, and a fit that is finished there is not made again."
-        ) from error
+    except broken as error:
+        why = without_secrets(first_line(error), url)
+        raise UserError(f"The study {where} cannot be read or written ({why}). {_way_on(storage, directory)}") from error
     differing = [] if there is None else differences(dict(there), json.loads(json.dumps(plan)))
     if differing:
         raise UserError(f"{directory} holds another sweep: {'; '.join(differing)}. Name another directory with --out.")
-    return Study(study, sweep, directory, most)
+    desk = SharedDesk(study, session, watched) if shared else FileDesk(directory)
+    return Study(study, sweep, directory, most, desk)
 
 
-def _storage(url: str) -> Any:
-    import optuna
-
-    waiting = {"connect_args": {"timeout": WAIT_SECONDS}} if url.startswith("sqlite:") else {}
-    return optuna.storages.RDBStorage(url, engine_kwargs=waiting)
+def database_url(directory: Path) -> str:
+    """The URL of the SQLite file that a sweep's directory holds by itself."""
+    return f"sqlite:///{(directory / STUDY).resolve()}"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-
-
-@contextmanager
-def _turn(directory: Path) -> Iterator[None]:
-    """Wait until no other process asks or tells. The kernel ends the turn of a process that ends."""
-    with files.writing(directory / ".turn"):
-        handle = (directory / ".turn").open("w")
-    with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+def _way_on(storage: str, directory: Path) -> str:
+    if storage:
+        return "The same command goes on once it can be."
+    return (
+        f"Move it away to begin a new one: the trials in {directory / TRIALS} stay, and a fit that is finished there is not made "
+        "again."
+    )
 
 
 def plain(result: TrialResult) -> dict[str, Any]:
