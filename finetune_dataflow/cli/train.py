@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_dataflow import engine
+from finetune_dataflow.cli import ranks as cli_ranks
 from finetune_dataflow.cli.cache import cached_driver
 from finetune_dataflow.cli.graph import dot_source
 from finetune_dataflow.cli.options import Options, build_driver, parse, parse_all
+from finetune_dataflow.engine import ranks
 from finetune_dataflow.engine.replies import PromptReply
 from finetune_dataflow.engine.settings import differences
 from finetune_dataflow.errors import UserError
@@ -30,10 +32,29 @@ REPORTED = ["reported_metrics"]
 
 
 def train(arguments: Sequence[str], start: str | None = None) -> int:
-    """Prepare, fit (under start="base"), evaluate, write the run directory and print the verdict."""
-    chain = parse_all(arguments, start)
-    check_settings(chain)
-    chain = in_a_row(chain)
+    """Prepare, fit (under start="base"), evaluate, write the run directory and print the verdict.
+
+    Where a launcher has started this as one of several ranks, all fit together, and rank 0 does the rest.
+    """
+    with ranks.joined() as team:
+        chain = parse_all(arguments, start)
+        check_settings(chain)
+        if team is not None:
+            return _train_together(team, chain)
+        return _train_in_a_row(in_a_row(chain))
+
+
+def _train_together(team: ranks.Team, chain: Sequence[Options]) -> int:
+    options = cli_ranks.ready(team, chain)
+    if team.first:
+        print(cli_ranks.line(team))
+        run_once(options)
+    else:
+        cli_ranks.help_fit(team, options, prepared_by(options))
+    return 0
+
+
+def _train_in_a_row(chain: Sequence[Options]) -> int:
     adapter: Path | None = None
     for number, options in enumerate(chain, 1):
         if adapter is not None:
@@ -105,9 +126,15 @@ def run_once(options: Options) -> tuple[Path, dict[str, Any]]:
     """One run, from the data to its result on the screen; its directory, which nobody else has meanwhile, and its metrics."""
     tracker = tracker_of(options)
     dr = cached_driver(options, [] if tracker is None else [tracker])
-    prepared = dr.execute(prepared_by(options), inputs=options.inputs)
+    team = ranks.current()
+    read = {} if team is None else cli_ranks.read_alike(team, dr, options)
+    prepared = read | dr.execute(prepared_by(options), inputs=options.inputs, overrides=read)
+    if team is not None:
+        cli_ranks.agree(team, prepared)
     with engine.run_directory.held(options.inputs.get("output_dir", ""), prepared["run_identity"]) as directory:
         metrics = engine.run_directory.finished_metrics(directory, prepared["run_identity"], prepared["evaluation_identity"])
+        if team is not None:
+            team.announce("fit", metrics is None and engine.run_directory.finished_fit(directory) is None)
         if metrics is not None:
             print(f"{directory} holds this run, finished. Its result:\n")
             dr.execute(["save_best_models"], inputs=options.inputs, overrides=prepared)  # what is asked for besides, or is gone

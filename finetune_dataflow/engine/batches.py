@@ -119,10 +119,12 @@ def padded_places(columns: TokenColumns, batch_size: int) -> int:
     return int(ladder[np.searchsorted(ladder, longest)].sum()) * batch_size
 
 
-def in_order(columns: TokenColumns, batch_size: int) -> Iterator[Batch]:
-    """Every row once, sorted by length: for losses that no order changes."""
-    batch_size = min(batch_size, len(columns))
+def in_order(columns: TokenColumns, batch_size: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """Every row once, sorted by length: for losses that no order changes. Of several ranks each gets its share of the rows."""
+    by_length = np.argsort(columns.lengths, kind="stable")[rank::ranks]
+    if not len(by_length):
+        return
+    batch_size = min(batch_size, len(by_length))
     ladder = widths(columns.lengths)
-    by_length = np.argsort(columns.lengths, kind="stable")
     for start in range(0, len(by_length), batch_size):
         yield batch(columns, by_length[start : start + batch_size].tolist(), batch_size, ladder)

@@ -26,8 +26,9 @@ import sys
 import sysconfig
 import threading
 import zlib
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -95,6 +96,23 @@ def set_blas_threads(count: int) -> int | None:
     before = int(blas.openblas_get_num_threads())
     blas.openblas_set_num_threads(count)
     return before
+
+
+@contextmanager
+def sharing_threads(processes: int) -> Iterator[None]:
+    """Within the block this process takes its share of the threads, of so many processes; a number that the user set stays."""
+    global _report
+    before = _report
+    if before is None or not before.threads or any(os.environ.get(variable) for variable in _THREAD_VARIABLES):
+        yield
+        return
+    _report = replace(before, threads=max(1, before.threads // processes))
+    set_blas_threads(_report.threads or 1)
+    try:
+        yield
+    finally:
+        set_blas_threads(before.threads)
+        _report = before
 
 
 def _load() -> BlasReport:

@@ -125,18 +125,33 @@ def mean_loss(
 
 def crew_loss(crew: Crew, columns: TokenColumns, batch_size: int, path: LossPath, states: PrefixStates | None = None) -> float:
     """As `mean_loss`, by a crew that is there already, and with exponentials as they are."""
+    total, supervised = summed_loss(crew, columns, batch_size, path, states)
+    return total / supervised
+
+
+def summed_loss(
+    crew: Crew,
+    columns: TokenColumns,
+    batch_size: int,
+    path: LossPath,
+    states: PrefixStates | None = None,
+    rank: int = 0,
+    ranks: int = 1,
+) -> tuple[float, int]:
+    """The summed loss and the supervised tokens of a rank's share of the rows, as `crew_loss` computes them."""
     was_training = crew.model.training
     crew.train(False)
 
     def weighted(model: nn.Module, current: Batch) -> tuple[float, int]:
         return float(path.mean_loss(model, current)) * current.supervised, current.supervised
 
-    every = (each if states is None else states.given(each) for each in in_order(columns, max(1, batch_size // crew.size)))
+    batches = in_order(columns, max(1, batch_size // crew.size), rank, ranks)
+    every = (each if states is None else states.given(each) for each in batches)
     total, supervised = 0.0, 0
     for loss, learned in crew.map(weighted, every):
         total, supervised = total + loss, supervised + learned
     crew.train(was_training)
-    return total / supervised
+    return total, supervised
 
 
 def losses_by_row(base_model_path: Path, adapter_path: Path | None, columns: TokenColumns, batch_size: int = 8) -> pd.DataFrame:

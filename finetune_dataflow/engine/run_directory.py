@@ -8,7 +8,7 @@ import logging
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,10 +153,11 @@ def finished_fit(directory: Path) -> FitSummary | None:
     if not (directory / HISTORY).is_file() or not is_whole(directory / WEIGHTS):
         return None
     last = files.read_json_lines(directory / HISTORY)[-1:]
-    names = [each.name for each in fields(FitSummary)]
-    if not last or last[0]["event"] != "end" or not set(names) <= set(last[0]):
+    known = fields(FitSummary)
+    needed = {each.name for each in known if each.default is MISSING}  # of what came later, an older fit says nothing
+    if not last or last[0]["event"] != "end" or not needed <= set(last[0]):
         return None
-    return FitSummary(**{name: last[0][name] for name in names})  # type: ignore[arg-type]  # JSON
+    return FitSummary(**{each.name: last[0][each.name] for each in known if each.name in last[0]})  # type: ignore[arg-type]
 
 
 def warn_of_hold_outs_beside(directory: Path, used: frozenset[str]) -> None:

@@ -149,9 +149,7 @@ def export_lineage(
     }
     licence = card.licence(export_settings.licence, base_model_path, base_model_name == EMBEDDED_MODEL_ID)
     local = engine.files.user_path(base_model_name)  # of this machine alone
-    name = export_settings.base_name or (
-        local.name if local.exists() else base_model_name
-    )
+    name = export_settings.base_name or (local.name if local.exists() else base_model_name)
     return Lineage(name, fingerprints, run, metrics, licence)
 
 
