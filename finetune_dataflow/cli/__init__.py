@@ -16,6 +16,7 @@ usage: run.py [COMMAND] [options]
 
 commands:
   train      the main job (also without a command): fit, evaluate base and tuned model, give the verdict
+             (as ranks of one fit, on one machine or several: mlx.launch -n 2 -- .venv/bin/python run.py train ...)
   evaluate   evaluate an adapter that was saved before: --adapter DIR
   plan       everything before the fit: what was read, the split, the data's quality, what is learned
              (--probe: try a few updates, and say what memory and time the fit will take)
