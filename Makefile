@@ -20,7 +20,7 @@ test: $(VENV)/dev
 	$(PY) -m pytest tests -n auto --maxprocesses 4 --dist worksteal
 
 test-full: $(VENV)/dev browser readers
-	$(PY) -m pytest tests_full
+	$(PY) -m pytest tests_full -n auto --maxprocesses 2 --dist loadfile --durations 20
 
 # PyTorch, transformers, PEFT and llama.cpp, for the tests that exports are read by them, where pip finds PyTorch's CPU build (the
 # other brings gigabytes); else those are skipped. FINETUNE_DATAFLOW_PEERS names a Python that has them.
