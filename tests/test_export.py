@@ -111,8 +111,8 @@ def test_the_table_is_what_the_two_models_give_by_plain_arithmetic(run: Path, ti
     assert scores["kl_mean"] == pytest.approx(np.mean(divergences), rel=1e-3) and scores["kl_mean"] > 1e-9
     assert scores["kl_max"] == pytest.approx(max(divergences), rel=2e-2)
     assert scores["top1"] == pytest.approx(np.mean(same), abs=1e-6)
-    assert scores["rouge_adapter"] == pytest.approx(rouge_by_row(texts[0], references)["rougeL"].mean())
-    assert scores["rouge_export"] == pytest.approx(rouge_by_row(texts[1], references)["rougeL"].mean())
+    assert scores["score_adapter"] == pytest.approx(rouge_by_row(texts[0], references)["rougeL"].mean())
+    assert scores["score_export"] == pytest.approx(rouge_by_row(texts[1], references)["rougeL"].mean())
     assert scores["same_replies"] == sum(one == other for one, other in zip(*texts, strict=True))
 
 
@@ -245,6 +245,73 @@ def test_a_directory_with_other_things_is_left_alone(run: Path, tmp_path: Path, 
     assert main(["export", "--adapter", str(run / "adapters"), "--to", "peft", "--out", str(tmp_path)]) == 2
     assert "is not empty and holds no export" in capsys.readouterr().err
     assert names(tmp_path) == {"mine.txt"}
+
+
+def test_what_an_export_is_made_of_or_what_lies_beside_an_earlier_one_is_not_replaced(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys, out = ["--run", str(run), "--to", "peft", "--gate-rows", "2"], tmp_path / "out"
+    exported(run, out, "--to", "peft", "--gate-rows", "2")
+    assert main(["export", *keys, "--adapter", str(out), "--out", str(out)]) == 2
+    assert "of which the export is made" in capsys.readouterr().err and (out / "adapter_model.safetensors").is_file()
+    (out / "notes.txt").write_text("mine")
+    assert main(["export", *keys, "--adapter", str(run / "adapters"), "--out", str(out)]) == 2
+    assert "holds no export alone: notes.txt" in capsys.readouterr().err and (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    (out / "export.json").write_text('{"messages": []}')
+    assert main(["export", *keys, "--adapter", str(run / "adapters"), "--out", str(out)]) == 2
+    assert "holds no export alone" in capsys.readouterr().err and (out / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["scratch", "earlier", "made"])
+def test_an_export_may_have_any_name_and_holds_nothing_of_the_gates(run: Path, tmp_path: Path, name: str) -> None:
+    for _ in range(2):
+        exported(run, tmp_path / name, "--to", "gguf", "--gate-rows", "2")
+        assert names(tmp_path / name) == {f"{name}-f16.gguf", "README.md", "export.json"} and names(tmp_path) == {name}
+
+
+def test_an_earlier_export_comes_back_where_the_new_one_cannot_take_its_place(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(self: Path, target: Path) -> Path:
+        if self.parent.name == "made":
+            raise OSError(28, "No space left on device")
+        return renamed(self, target)
+
+    out, renamed = tmp_path / "out", Path.rename
+    exported(run, out, "--to", "peft", "--gate-rows", "2")
+    before = {each.name: each.read_bytes() for each in out.iterdir()}
+    monkeypatch.setattr(Path, "rename", failing)
+    command = ["export", "--adapter", str(run / "adapters"), "--to", "gguf", "--out", str(out), "--gate-rows", "2"]
+    assert main(command) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert {each.name: each.read_bytes() for each in out.iterdir()} == before and names(tmp_path) == {"out"}
+
+
+def test_a_model_that_would_run_on_after_a_reply_ends_it_where_training_did(
+    run: Path, data_file: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "eos_token_id": 261}))  # as a base model that ends texts, not turns
+    keys = ["--data", str(data_file), "--input-text-key", "question", "--output-text-key", "reply", "--model", str(base)]
+    named = ["--adapter", str(run / "adapters"), "--to", "fused", "--out", str(tmp_path / "out"), "--gate-rows", "2"]
+    assert main(["export", *named, *keys]) == 0
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(ends) == {261, load_encoder(base).end_of_turn_ids[-1]}
+
+
+def test_a_tool_that_cannot_read_the_export_counts_as_a_gate_that_is_not_reached(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_dataflow.exports import readers
+
+    monkeypatch.setattr(readers, "installed", lambda python: {"torch": "2", "transformers": "5"})
+    command = ["export", "--adapter", str(run / "adapters"), "--to", "fused", "--out", str(tmp_path / "out"), "--gate-rows", "2"]
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "transformers 5 cannot read the export:" in said and "No module named 'torch'" in said
+    assert main([*command, "--force"]) == 0 and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_an_architecture_without_names_in_gguf_is_refused_before_the_model_is_fused(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from finetune_dataflow.errors import UserError, nearest
@@ -121,9 +120,11 @@ def _with_base(values: dict[str, Any]) -> dict[str, Any]:
 
 def _take_run(line: Any) -> None:
     """Where an adapter lies in a run, and nothing else is named, the run's file of inputs is meant."""
+    from finetune_dataflow.engine.files import user_path
+
     adapter = line.given.get("adapter_path")
     if adapter and "run" not in line.given and line.config is None:
-        path = Path(adapter).expanduser().resolve().parent / "config.yaml"
+        path = user_path(adapter).resolve().parent / "config.yaml"
         if path.is_file():
             line.config = str(path)
 

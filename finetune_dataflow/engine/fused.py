@@ -207,6 +207,28 @@ def _write_other_files(directory: Path, base: Path, config: dict[str, Any], temp
     write_text(directory / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if template:
         _put_template(directory, base, template)
+    _let_end(directory)
+
+
+def _let_end(directory: Path) -> None:
+    """Let generation end where the chat template ends a turn, as training taught it: a base model may end texts only."""
+    if not load_tokenizer(directory).chat_template:
+        return
+    ends = load_encoder(directory).stop_ids
+    if not ends <= stop_ids(directory):
+        path = directory / "generation_config.json"
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        write_json(path, {**settings, "eos_token_id": sorted({*ends, *stop_ids(directory)})})
+
+
+def stop_ids(directory: Path) -> frozenset[int]:
+    """The tokens at which a model directory says that generation ends: generation_config.json's, else config.json's."""
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
 
 
 def _put_template(directory: Path, base: Path, template: str) -> None:
@@ -337,8 +359,15 @@ def _made(out: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             flush_tree(temporary)
+            earlier = temporary.with_name(f"{temporary.name}.earlier")
             if out.is_dir():
-                shutil.rmtree(out)
-            temporary.rename(out)
+                out.rename(earlier)
+            try:
+                temporary.rename(out)
+            except BaseException:
+                if earlier.is_dir():
+                    earlier.rename(out)
+                raise
+            shutil.rmtree(earlier, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

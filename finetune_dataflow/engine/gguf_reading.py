@@ -81,6 +81,13 @@ def says_bos(path: Path) -> bool:
     return bool(field and field.contents())
 
 
+def ends_said(path: Path) -> frozenset[int]:
+    """The tokens at which a GGUF file says that generation ends."""
+    fields = _reader(path).fields
+    names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+    return frozenset(int(fields[name].contents()) for name in names if name in fields)
+
+
 def _reader(path: Path) -> GGUFReader:
     from gguf import GGUFReader
 

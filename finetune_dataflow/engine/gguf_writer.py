@@ -134,6 +134,16 @@ def write_lora_gguf(adapter: Path, base: Path, out: Path) -> Path:
     return out
 
 
+def check_architecture(directory: Path) -> None:
+    """Raise UserError where a model directory is of an architecture that no GGUF is written of here."""
+    found = str(json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    if found not in _ARCHITECTURES:
+        raise UserError(
+            f"The model in {directory} is of the architecture {found!r}, for which no GGUF is written here. "
+            f"Expected one of {', '.join(_ARCHITECTURES)}."
+        )
+
+
 def permuted(weight: Array, heads: int) -> Array:
     """Query or key rows (or a bias) in llama.cpp's order: within a head, the two of each rotated pair beside each other."""
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
@@ -159,12 +169,8 @@ class GgufModel:
         check_model_directory(directory)
         self.directory = directory
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        check_architecture(directory)
         found = str(self.config.get("model_type"))
-        if found not in _ARCHITECTURES:
-            raise UserError(
-                f"The model in {directory} is of the architecture {found!r}, for which no GGUF is written here. "
-                f"Expected one of {', '.join(_ARCHITECTURES)}."
-            )
         self.model_type, self.architecture = found, _ARCHITECTURES[found]
         problems = [*self._problems()]
         if problems:
@@ -442,8 +448,16 @@ def _check_written(path: Path, tensors: list[_Tensor], tokenizer: GgufTokenizer)
 
     reader = gguf.GGUFReader(path)
     found = {each.name: (tuple(int(size) for size in reversed(each.shape)), each.tensor_type) for each in reader.tensors}
-    vocabulary = reader.fields["tokenizer.ggml.tokens"]
-    if found != {each.name: (each.shape, each.kind) for each in tensors} or len(vocabulary.data) != len(tokenizer.tokens):
+    keys = gguf.Keys.Tokenizer
+    names = {"bos": keys.BOS_ID, "eos": keys.EOS_ID, "eot": keys.EOT_ID, "unk": keys.UNK_ID, "pad": keys.PAD_ID}
+    wanted: dict[str, Any] = {
+        "tokenizer.ggml.model": tokenizer.model, "tokenizer.ggml.pre": tokenizer.pre, "tokenizer.ggml.tokens": tokenizer.tokens,
+        "tokenizer.ggml.token_type": tokenizer.types, "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
+        **({"tokenizer.ggml.merges": tokenizer.merges} if tokenizer.merges is not None else {}),
+        **{names[each]: number for each, number in tokenizer.special_ids.items()},
+    }  # fmt: skip
+    same = all(name in reader.fields and reader.fields[name].contents() == value for name, value in wanted.items())
+    if found != {each.name: (each.shape, each.kind) for each in tensors} or not same:
         raise RuntimeError(f"{path} does not hold what was written into it")
 
 

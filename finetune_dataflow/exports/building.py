@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -14,11 +13,11 @@ from finetune_dataflow.engine import ollama
 from finetune_dataflow.engine.adapters import check_adapter
 from finetune_dataflow.engine.chat import ChatEncoder, Conversation, load_encoder
 from finetune_dataflow.engine.control_strings import Message
-from finetune_dataflow.engine.fused import Quantized, fuse
+from finetune_dataflow.engine.fused import Quantized, fuse, stop_ids
 from finetune_dataflow.engine.gguf import convert_gguf
-from finetune_dataflow.engine.gguf_reading import read_lora, read_model, says_bos
+from finetune_dataflow.engine.gguf_reading import ends_said, read_lora, read_model, says_bos
 from finetune_dataflow.engine.gguf_tokenizer import adds_bos, gguf_tokenizer
-from finetune_dataflow.engine.gguf_writer import GgufModel, Kind, write_gguf, write_lora_gguf
+from finetune_dataflow.engine.gguf_writer import GgufModel, Kind, check_architecture, write_gguf, write_lora_gguf
 from finetune_dataflow.engine.go_template import GoTemplate, prove, translate
 from finetune_dataflow.engine.peft_layout import in_mlx_layout, write_peft
 from finetune_dataflow.engine.peft_writing import base_name_of
@@ -26,7 +25,8 @@ from finetune_dataflow.engine.settings import PromptSettings
 from finetune_dataflow.errors import UserError
 from finetune_dataflow.exports.settings import ExportSettings, slug
 
-# Of these architectures transformers' GGUF loader is known to compute what the file says (docs/fused-and-gguf.md).
+# Of these architectures, without a scaled rotary embedding, transformers' GGUF loader computes what the file says
+# (docs/fused-and-gguf.md).
 IN_TRANSFORMERS = ("llama", "mistral", "qwen2", "gemma3_text", "phi3")
 
 
@@ -59,7 +59,7 @@ class Built:
     """An export as it was written: how mlx-lm reads it back, how other tools do, and what is to be said of it.
 
     base, adapter: what mlx-lm loads; tokenizer: the directory that has the export's tokenizer and chat template, None where
-    it has none. outside: (tool, what it reads). survival: of each changed weight, where weights were merged.
+    it has none. file: the GGUF file. outside: (tool, what it reads). survival: of each changed weight, where weights were merged.
     """
 
     base: Path
@@ -69,6 +69,7 @@ class Built:
     lines: tuple[str, ...] = ()
     survival: dict[str, Any] = field(default_factory=dict)
     use: str = ""
+    file: Path | None = None
 
 
 def tuned(base: Path, adapter: Path, chat_template: str, prompts: PromptSettings, conversations: Sequence[Conversation]) -> Tuned:
@@ -83,6 +84,10 @@ def check(settings: ExportSettings, source: Tuned) -> GoTemplate | None:
         raise UserError(
             f"--to {settings.kind}: an adapter of fine_tune_type={method!r} has no GGUF of its own. Fuse it: --to gguf."
         )
+    if settings.made == "gguf-lora" and _quantized(source.base):
+        raise UserError(f"The base model in {source.base} is quantised by another scheme than GGUF's. Export with --to gguf.")
+    if settings.made.startswith("gguf"):
+        check_architecture(source.base)
     if settings.made.startswith("gguf") and not _quantized(source.base):
         model = GgufModel(source.base)
         model.tensors("f16")
@@ -116,6 +121,13 @@ def go_template(source: Tuned, encoder: ChatEncoder, adds_bos: bool) -> GoTempla
     )
     proof = prove(translated, encoder.rendered, [[dict(message) for message in each] for each in prompts])
     return replace(translated, notes=(*translated.notes, proof.sentence))
+
+
+def ends_of(built: Built, made: str) -> frozenset[int] | None:
+    """The tokens at which an export itself says that generation ends; None where it is an adapter, which says nothing of it."""
+    if made == "fused":
+        return stop_ids(built.base)
+    return ends_said(built.file) if built.file is not None and made == "gguf" else None
 
 
 def base_name(source: Tuned) -> str:
@@ -162,8 +174,10 @@ def _peft(settings: ExportSettings, source: Tuned, out: Path, scratch: Path) -> 
         f"base = AutoModelForCausalLM.from_pretrained({config['base_model_name_or_path']!r})\n"
         f"model = PeftModel.from_pretrained(base, {out.name!r})\n```"
     )
-    line = f"base model for PEFT: {config['base_model_name_or_path']}"
-    return Built(source.base, in_mlx_layout(out, source.base), None, outside, (line,), {}, use)
+    lines = [f"base model for PEFT: {config['base_model_name_or_path']}"]
+    if not outside:
+        lines.append("not read by PEFT, which puts the adapter on the model before it was quantised: close to this, not the same")
+    return Built(source.base, in_mlx_layout(out, source.base), None, outside, tuple(lines), {}, use)
 
 
 def _gguf(settings: ExportSettings, source: Tuned, out: Path, scratch: Path) -> Built:
@@ -173,25 +187,24 @@ def _gguf(settings: ExportSettings, source: Tuned, out: Path, scratch: Path) -> 
     file = write_gguf(fused, out / f"{slug(out.name)}-{settings.gguf_type}.gguf", cast(Kind, settings.gguf_type))
     read = _read_back(file, fused, scratch / "read")
     outside = [("llama.cpp", {"model": str(file)})]
-    if _model_type(fused) in IN_TRANSFORMERS:
+    if _model_type(fused) in IN_TRANSFORMERS and GgufModel(fused).rope["rope_type"] == "none":
         outside.append(("transformers", {"model": str(file)}))
     use = f"```sh\nllama-server -m {file.name} --jinja\n```"
-    return Built(read, None, read, tuple(outside), (f"{file.name}: {settings.gguf_type}", *merged.lines), merged.survival, use)
+    return Built(
+        read, None, read, tuple(outside), (f"{file.name}: {settings.gguf_type}", *merged.lines), merged.survival, use, file
+    )
 
 
 def _read_back(file: Path, fused: Path, out: Path) -> Path:
     """A GGUF file as a model directory: of the file alone where that is possible, else beside the fused model's settings."""
-    if _model_type(fused) in ("llama", "mistral"):
-        try:
-            return convert_gguf(file, out)
-        except UserError:
-            shutil.rmtree(out, ignore_errors=True)
+    model = GgufModel(fused)
+    plain = model.architecture.name == "llama" and model.rope["rope_type"] == "none"
+    if plain and gguf_tokenizer(fused, model.rows).pre in ("gpt-2", "smollm"):
+        return convert_gguf(file, out)
     return read_model(file, fused, out)
 
 
 def _lora_gguf(settings: ExportSettings, source: Tuned, out: Path, scratch: Path) -> Built:
-    if _quantized(source.base):
-        raise UserError(f"The base model in {source.base} is quantised by another scheme than GGUF's. Export with --to gguf.")
     out.mkdir(parents=True, exist_ok=True)
     file = write_lora_gguf(source.adapter, source.base, out / f"{slug(out.name)}-lora.gguf")
     read = read_lora(file, source.base, source.adapter, scratch / "read")
@@ -225,7 +238,7 @@ def _ollama(settings: ExportSettings, source: Tuned, made: Built, out: Path) -> 
     outside = tuple((tool, {"model": str(stored)}) for tool, _ in made.outside)
     use = f"```sh\nollama create {settings.ollama_name} -f Modelfile\nollama run {settings.ollama_name}\n```"
     lines = (*made.lines, template.notes[-1], f"ollama create {settings.ollama_name} -f Modelfile")
-    return replace(made, outside=outside, lines=lines, use=use)
+    return replace(made, outside=outside, lines=lines, use=use, file=stored)
 
 
 def _prompt_notes(source: Tuned) -> list[str]:

@@ -45,6 +45,7 @@ class Lineage:
     run: dict[str, Any]
     metrics: dict[str, Any]
     licence: str
+    licence_given: bool = False
 
 
 def run_files(adapter: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -136,9 +137,13 @@ def _intended(settings: ExportSettings, lineage: Lineage) -> str:
 
 
 def _verdict(lineage: Lineage) -> list[str]:
-    metrics = lineage.metrics
-    if not metrics.get("verdict"):
+    try:
+        return _scores(lineage.metrics)
+    except (KeyError, TypeError, AttributeError):  # there are none, or another version wrote them
         return ["Not known here: the adapter does not lie in a finished run."]
+
+
+def _scores(metrics: dict[str, Any]) -> list[str]:
     table = ["| | base | tuned | tuned - base (95 % interval) |", "| --- | --- | --- | --- |"]
     for label, base, tuned, interval in score_lines(metrics):
         told = "" if interval is None else f"{interval['mean']:+.3f} ({interval['low']:+.3f} to {interval['high']:+.3f})"
@@ -152,10 +157,10 @@ def _gate(gate: Gate, asked: GateSettings, built: Built) -> list[str]:
     parts = [
         f"Read back and scored on {first.rows} hold-out rows, beside the adapter-loaded model: the KL divergence of the "
         "next-token distributions at the places of the replies, how often the most probable token is the same, and the mean "
-        "ROUGE-L of the greedy replies.",
+        f"{gate.metric} of the greedy replies.",
         "\n".join(gate.markdown()),
         f"Asked for: KL at most {asked.max_kl} nats in the mean, the same top-1 at {asked.min_top1:.0%} of the places at least, "
-        f"ROUGE-L at most {asked.max_rouge_loss} lower.",
+        f"{gate.metric} at most {asked.max_rouge_loss} lower.",
     ]
     if gate.failures:
         failed = "\n".join(f"* {_plain(each)}" for each in gate.failures)
@@ -185,7 +190,8 @@ def _lineage(lineage: Lineage) -> list[str]:
 def _licence(lineage: Lineage) -> str:
     if lineage.licence == UNKNOWN:
         return "Not known: the base model's directory does not say. The base model's licence binds what is made of it."
-    return f"{lineage.licence}, as the base model's; what the data's licence asks for stands beside it."
+    whose = "as it was given for this export" if lineage.licence_given else "the base model's"
+    return f"{lineage.licence}, {whose}. The base model's licence binds what is made of it, and so may the data's."
 
 
 def _plain(text: str) -> str:

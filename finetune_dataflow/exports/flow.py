@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import tempfile
@@ -111,10 +112,12 @@ def export_settings(
         lambda: engine.settings.require("out", export_path, bool(export_path), "the directory of the export"),
         lambda: card.check_licence(license),
     )
-    out = engine.files.user_path(export_path)
+    out = engine.files.user_path(export_path).absolute()
     name = ollama_name or slug(out.resolve().name).lower()
     if to == "ollama":
         engine.ollama.check_name(name, "ollama_name")
+        if ollama_base:
+            engine.ollama.check_name(ollama_base, "ollama_base")
     return ExportSettings(
         made[0], out, gate_settings, gguf_type, quantized, min_kept, name, ollama_base if to == "ollama" else "",
         hub_id, private, dry_run, base_name, license, intended_use,
@@ -150,7 +153,7 @@ def export_lineage(
     licence = card.licence(export_settings.licence, base_model_path, base_model_name == EMBEDDED_MODEL_ID)
     local = engine.files.user_path(base_model_name)  # of this machine alone
     name = export_settings.base_name or (local.name if local.exists() else base_model_name)
-    return Lineage(name, fingerprints, run, metrics, licence)
+    return Lineage(name, fingerprints, run, metrics, licence, bool(export_settings.licence))
 
 
 @computed_anew
@@ -170,7 +173,9 @@ def export(
     Raises UserError for what cannot be exported, before any work; and where the gate is not reached and `force` is not given.
     """
     settings = export_settings
-    check_out(settings.out)
+    check_out(settings.out, evaluated_adapter, base_model_path)
+    if settings.gate.check_with:
+        readers.installed(settings.gate.check_with)
     source = building.tuned(base_model_path, evaluated_adapter, chat_template, prompt_settings, hold_out_conversations)
     building.check(settings, source)
     if settings.hub_id:
@@ -208,13 +213,22 @@ def _scored(
     """The export by every tool that is at hand."""
     reference = gate.Reference(readers.MlxReader(source.base, source.adapter), used, source.encoder, generation)
     outside, notes = readers.outside_readers(settings.gate.check_with, built.outside, scratch)
+    if not reference.prompted:  # nothing to generate: who tells no distributions either has nothing to say
+        notes += [f"not read by {each.tool}: the rows have no prompts" for each in outside if each.tool == "llama.cpp"]
+        outside = [each for each in outside if each.tool != "llama.cpp"]
     scores: list[Scores] = []
+    unread: list[str] = []
     every: list[readers.Reader] = [readers.MlxReader(built.base, built.adapter), *outside]
     for reader in every:
         logger.info("%s reads the export.", reader.name)
-        scores.append(reference.scores(reader))
-    failures = [failure for each in scores for failure in each.failures(settings.gate)]
-    failures += _prompt_failures(source, built, used)
+        try:
+            scores.append(reference.scores(reader))
+        except UserError as error:
+            if not isinstance(reader, readers.OutsideReader):
+                raise
+            unread.append(str(error))
+    failures = [*(failure for each in scores for failure in each.failures(settings.gate)), *unread]
+    failures += [*_prompt_failures(source, built, used), *_end_failures(source, built, settings.made)]
     return Gate(tuple(scores), tuple(failures), tuple(notes))
 
 
@@ -230,6 +244,15 @@ def _prompt_failures(source: building.Tuned, built: building.Built, used: list[G
     return [f"its tokenizer and chat template write the prompt of row {other[0]} otherwise than training did ({len(other)} rows)"]
 
 
+def _end_failures(source: building.Tuned, built: building.Built, made: str) -> list[str]:
+    """Whether generation with a whole model ends at the token that training ended replies with."""
+    ends = building.ends_of(built, made)
+    wanted = source.encoder.end_of_turn_ids[-1]
+    if ends is None or wanted in ends:
+        return []
+    return [f"generation would not end at the token {wanted}, with which training ended every reply, but at {sorted(ends)}"]
+
+
 def _describe(settings: ExportSettings, directory: Path, lineage: Lineage, found: Gate, built: building.Built) -> None:
     """The model card, and the same for machines."""
     name = "MODEL_CARD.md" if settings.kind == "ollama" else "README.md"
@@ -237,16 +260,37 @@ def _describe(settings: ExportSettings, directory: Path, lineage: Lineage, found
     values: dict[str, Any] = {
         "kind": settings.kind, "base_model": lineage.base_name, "fingerprints": lineage.fingerprints, "gate": found.values,
         "survival": built.survival, "licence": lineage.licence, "verdict": lineage.metrics.get("verdict"),
+        "files": sorted(each.name for each in directory.iterdir()),
     }  # fmt: skip
     engine.files.write_json(directory / MANIFEST, values)
 
 
-def check_out(out: Path) -> None:
-    """Raise UserError where `out` is no place for an export: a file, or a directory with other things in it."""
+def check_out(out: Path, *sources: Path) -> None:
+    """Raise UserError where `out` is no place for an export: a file, a directory with other things in it, or one of `sources`."""
+    if not out.name or out.name == ".." or out.is_mount():
+        raise UserError(f"--out {str(out)!r} cannot be made or replaced. Name a directory of its own.")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {str(out)!r} is a file. Name a directory.")
-    if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST).is_file():
-        raise UserError(f"--out {str(out)!r} is not empty and holds no export. Name another directory.")
+    for each in sources:
+        if each.resolve().is_relative_to(out.resolve()):
+            raise UserError(f"--out {str(out)!r} holds {each}, of which the export is made. Name another directory.")
+    with engine.files.writing(out):
+        found = {each.name for each in out.iterdir()} if out.is_dir() else set()
+    others = sorted(found - _written(out / MANIFEST)) if found else []
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise UserError(
+            f"--out {str(out)!r} is not empty and holds no export alone: {', '.join(others[:3])}{more}. Name another directory."
+        )
+
+
+def _written(manifest: Path) -> set[str]:
+    """The names that an earlier export says it wrote; none where it is no export's manifest."""
+    try:
+        said = json.loads(manifest.read_text(encoding="utf-8"))
+        return {manifest.name, *map(str, said["files"])} if {"kind", "gate"} <= said.keys() else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()
 
 
 @contextmanager
@@ -255,14 +299,17 @@ def _made(out: Path) -> Iterator[tuple[Path, Path]]:
     with engine.files.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    made, earlier = place / "made" / out.name, place / "earlier"
     try:
-        scratch = place / "scratch"
-        scratch.mkdir()
-        yield place / out.name, scratch
         with engine.files.writing(out):
-            engine.files.flush_tree(place / out.name)
+            made.parent.mkdir()
+            (place / "scratch").mkdir()
+            yield made, place / "scratch"
+            engine.files.flush_tree(made)
             if out.is_dir():
-                out.rename(place / "earlier")
-            (place / out.name).rename(out)
+                out.rename(earlier)
+            made.rename(out)
     finally:
+        if earlier.is_dir() and not out.exists():
+            earlier.rename(out)
         shutil.rmtree(place, ignore_errors=True)

@@ -14,22 +14,25 @@ from typing import Any
 import numpy as np
 
 from finetune_dataflow.engine.chat import ChatEncoder
-from finetune_dataflow.engine.rouge import rouge_by_row
+from finetune_dataflow.engine.comparison import deciding_metric
 from finetune_dataflow.engine.settings import GenerationSettings
+from finetune_dataflow.engine.text_metrics import scores_by_row
 from finetune_dataflow.errors import UserError
 from finetune_dataflow.exports.readers import Floats, Reader
 from finetune_dataflow.exports.rows import GateRow
 from finetune_dataflow.exports.settings import GateSettings
 
-HEADINGS = ("read by", "rows", "places", "KL mean (nats)", "KL max", "same top-1", "ROUGE-L", "export's", "same replies")
+HEADINGS = ("read by", "rows", "places", "KL mean (nats)", "KL max", "same top-1", "{metric}", "export's", "same replies")
+NAMES = {"rougeL": "ROUGE-L", "chrf": "chrF"}
 
 
 @dataclass(frozen=True)
 class Scores:
     """What one reader makes of an export, beside the adapter-loaded model in mlx-lm; None for what it does not tell.
 
-    kl_mean, kl_max: nats. top1: share of places. rouge_adapter, rouge_export: mean ROUGE-L f-measures of the greedy replies.
-    same_replies: how many of them are the same text.
+    kl_mean, kl_max: nats. top1: share of places. metric: what replies are scored by, rougeL, or chrf where ROUGE knows few of
+    the references' letters. score_adapter, score_export: its means over the greedy replies. same_replies: how many of them are
+    the same text.
     """
 
     reader: str
@@ -38,9 +41,10 @@ class Scores:
     kl_mean: float | None
     kl_max: float | None
     top1: float | None
-    rouge_adapter: float | None
-    rouge_export: float | None
+    score_adapter: float | None
+    score_export: float | None
     same_replies: int | None
+    metric: str = "rougeL"
 
     def failures(self, asked: GateSettings) -> list[str]:
         """What of the gate is not reached, a sentence each."""
@@ -51,9 +55,9 @@ class Scores:
             found.append(
                 f"the most probable token agrees at {self.top1:.1%} of the places, at least {asked.min_top1:.1%} (min_top1)"
             )
-        lost = 0.0 if self.rouge_adapter is None or self.rouge_export is None else self.rouge_adapter - self.rouge_export
+        lost = 0.0 if self.score_adapter is None or self.score_export is None else self.score_adapter - self.score_export
         if not lost <= asked.max_rouge_loss:
-            found.append(f"ROUGE-L is {lost:.3f} lower, at most {asked.max_rouge_loss} (max_rouge_loss)")
+            found.append(f"{NAMES[self.metric]} is {lost:.3f} lower, at most {asked.max_rouge_loss} (max_rouge_loss)")
         return [f"{self.reader}: {each}" for each in found]
 
     def cells(self) -> tuple[str, ...]:
@@ -65,7 +69,7 @@ class Scores:
         same = "-" if self.same_replies is None else f"{self.same_replies} of {self.rows}"
         return (
             self.reader, str(self.rows), told(self.places, "d"), told(self.kl_mean, ".6f"), told(self.kl_max, ".6f"),
-            told(self.top1, ".1%"), told(self.rouge_adapter, ".3f"), told(self.rouge_export, ".3f"), same,
+            told(self.top1, ".1%"), told(self.score_adapter, ".3f"), told(self.score_export, ".3f"), same,
         )  # fmt: skip
 
 
@@ -82,15 +86,25 @@ class Gate:
         """As it stands in export.json."""
         return asdict(self)
 
+    @property
+    def metric(self) -> str:
+        """What replies are scored by, as it is shown."""
+        return NAMES[self.scores[0].metric]
+
+    @property
+    def headings(self) -> tuple[str, ...]:
+        """Those of the table."""
+        return tuple(each.format(metric=self.metric) for each in HEADINGS)
+
     def lines(self) -> list[str]:
         """The table, in plain text."""
-        rows = [HEADINGS, *(each.cells() for each in self.scores)]
+        rows = [self.headings, *(each.cells() for each in self.scores)]
         widths = [max(len(row[place]) for row in rows) for place in range(len(HEADINGS))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
     def markdown(self) -> list[str]:
         """The table, in Markdown."""
-        rows = [HEADINGS, ("---",) * len(HEADINGS), *(each.cells() for each in self.scores)]
+        rows = [self.headings, ("---",) * len(HEADINGS), *(each.cells() for each in self.scores)]
         return [f"| {' | '.join(row)} |" for row in rows]
 
 
@@ -102,6 +116,8 @@ class Reference:
         self.reader, self.rows, self.encoder = reader, rows, encoder
         self.settings = GenerationSettings(settings.max_tokens, settings.generation_batch_size)
         self.prompted = [row for row in rows if row.prompt]
+        self.references = [row.reference for row in self.prompted]
+        self.metric = deciding_metric(True, self.references) if self.references else "rougeL"
         self.replies = reader.replies(self.prompted, encoder, self.settings) if self.prompted else []
 
     def scores(self, export: Reader) -> Scores:
@@ -109,8 +125,7 @@ class Reference:
         found = export.log_probabilities(self.rows)
         divergences, agreed = (None, None) if found is None else self._compared(found)
         replies = export.replies(self.prompted, self.encoder, self.settings) if self.prompted else []
-        references = [row.reference for row in self.prompted]
-        own_rouge, its_rouge = (_rouge(each, references) if references else None for each in (self.replies, replies))
+        own_rouge, its_rouge = (self._score(each) for each in (self.replies, replies))
         return Scores(
             export.name,
             len(self.rows),
@@ -120,8 +135,13 @@ class Reference:
             None if agreed is None else float(agreed.mean()),
             own_rouge,
             its_rouge,
-            sum(one == other for one, other in zip(self.replies, replies, strict=True)) if references else None,
+            sum(one == other for one, other in zip(self.replies, replies, strict=True)) if self.prompted else None,
+            self.metric,
         )
+
+    def _score(self, replies: Sequence[str]) -> float | None:
+        """The mean score of replies to the prompts; None where there are none."""
+        return float(scores_by_row(replies, self.references)[self.metric].mean()) if replies else None
 
     def _compared(self, found: Iterable[Floats]) -> tuple[np.ndarray, np.ndarray]:
         """The divergence at every place (nats), and whether the most probable token agrees."""
@@ -146,7 +166,3 @@ def _at_places(ours: Floats, theirs: Floats) -> tuple[np.ndarray, np.ndarray]:
     divergence = (np.exp(p) * (p - q)).sum(axis=1)
     chosen = np.take_along_axis(ours, theirs.argmax(axis=1)[:, None], axis=1)[:, 0]
     return np.maximum(divergence, 0.0), chosen >= ours.max(axis=1)
-
-
-def _rouge(replies: Sequence[str], references: Sequence[str]) -> float:
-    return float(rouge_by_row(replies, references)["rougeL"].mean())

@@ -48,7 +48,7 @@ def push(directory: Path, hub_id: str, private: bool, dry_run: bool) -> list[str
     try:
         api.create_repo(hub_id, private=private, exist_ok=True, repo_type="model")
         commit = api.upload_folder(repo_id=hub_id, folder_path=directory, commit_message="Fine-tuned model with its card")
-    except (HfHubHTTPError, network, OSError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (HfHubHTTPError, network, OSError, ValueError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:500] or type(error).__name__
         raise UserError(f"{hub_id} could not be pushed: {said}. The export is in {directory}.") from error
     return [f"Pushed to {commit.repo_url}:", *listed]

@@ -63,6 +63,7 @@ def _loaded(request: dict[str, Any]) -> Any:
     }
     if any(problems.values()):
         raise SystemExit(f"weights that do not fit: {problems}")
+    model.generation_config = transformers.GenerationConfig()  # greedy, without penalties that the base model may come with
     if request.get("adapter"):
         from peft import PeftModel  # type: ignore[import-not-found,unused-ignore]
 
@@ -75,7 +76,8 @@ def _llama_cpp(request: dict[str, Any]) -> dict[str, Any]:
 
     settings = xllamacpp.CommonParams()
     settings.model.path = request["model"]
-    settings.n_gpu_layers, settings.n_ctx, settings.n_parallel, settings.warmup = 0, 0, 1, False
+    longest = max((len(prompt) for prompt in request.get("prompts", [])), default=0) + request.get("max_tokens", 0)
+    settings.n_gpu_layers, settings.n_ctx, settings.n_parallel, settings.warmup = 0, longest + 64, 1, False
     if request.get("adapter"):
         settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(request["adapter"], 1.0)]
     server = xllamacpp.Server(settings)

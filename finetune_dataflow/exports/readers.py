@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,11 +127,10 @@ class OutsideReader:
 @functools.cache
 def installed(python: str) -> dict[str, str]:
     """The versions of `LIBRARIES` that a Python has. Raises UserError where it is none."""
-    if python == sys.executable:
-        return {name: metadata.version(name) for name in LIBRARIES if find_spec(name) is not None}
     code = (
-        "import json, sys\nfrom importlib import metadata, util\n"
-        "print(json.dumps({n: metadata.version(n) for n in sys.argv[1:] if util.find_spec(n)}))"
+        "import json, sys\nfrom importlib import metadata\nfound = {}\nfor name in sys.argv[1:]:\n"
+        "    try: found[name] = metadata.version(name)\n"
+        "    except metadata.PackageNotFoundError: pass\nprint(json.dumps(found))"
     )
     try:
         done = subprocess.run([python, "-c", code, *LIBRARIES], capture_output=True, text=True, check=False)

@@ -77,7 +77,7 @@ def export_kind(to: str, hub_kind: str, hub_id: str) -> str:
             raise UserError(f"--hub-id and --hub-kind are for --to hub, found --to {to}.")
         return to
     require_choice("--hub-kind", hub_kind or "fused", HUB_KINDS)
-    if not _REPOSITORY.fullmatch(hub_id):
+    if not _REPOSITORY.fullmatch(hub_id) or len(hub_id) > 96 or re.search(r"--|\.\.|[-.]$|[-.]/|\.git$", hub_id):
         raise UserError(f"--hub-id={hub_id!r}: expected the repository to push to, as owner/name.")
     return hub_kind or "fused"
 
