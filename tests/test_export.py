@@ -11,12 +11,15 @@ import pytest
 import yaml
 
 from finetune_dataflow.cli import main
-from finetune_dataflow.engine.chat import load_encoder
+from finetune_dataflow.engine.chat import Conversation, load_encoder
 from finetune_dataflow.engine.generation import replies
 from finetune_dataflow.engine.models import load_model
 from finetune_dataflow.engine.rouge import rouge_by_row
 from finetune_dataflow.engine.settings import GenerationSettings
 from finetune_dataflow.exports import building
+from finetune_dataflow.exports.gate import Reference
+from finetune_dataflow.exports.rows import GateRow
+from finetune_dataflow.exports.settings import GateSettings
 from tests.architectures import write_architecture
 from tests.test_gguf_writer import write_model
 
@@ -299,6 +302,52 @@ def test_a_model_that_would_run_on_after_a_reply_ends_it_where_training_did(
     assert main(["export", *named, *keys]) == 0
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert set(ends) == {261, load_encoder(base).end_of_turn_ids[-1]}
+
+
+def test_replies_in_another_script_are_scored_by_chrf() -> None:
+    class Reader:
+        name = "a tool"
+
+        def __init__(self, reply: str) -> None:
+            self.reply = reply
+
+        def log_probabilities(self, rows: Any) -> None:
+            return None
+
+        def replies(self, rows: Any, encoder: Any, settings: Any) -> list[str]:
+            return [self.reply for _ in rows]
+
+    reference = "Верните товар за четырнадцать дней."
+    row = GateRow(0, (1, 2), (1,), (1,), reference, Conversation(0, ({"role": "user", "content": "?"},), reference), True)
+    against = Reference(Reader(reference), [row], None, GenerationSettings(8, 1))  # type: ignore[arg-type]
+    found = against.scores(Reader("Ничего похожего"))
+    assert (found.metric, found.score_adapter) == ("chrf", 1.0)
+    assert found.score_export is not None and found.score_export < 0.3
+    assert "chrF is" in found.failures(GateSettings(1, 0.02, 0.95, 0.05, "", False))[0]
+
+
+@pytest.mark.parametrize(
+    ("rope", "read_by"), [({}, {"llama.cpp", "transformers"}), ({"rope_type": "linear", "factor": 4.0}, {"llama.cpp"})]
+)
+def test_a_scaled_rotary_embedding_is_not_judged_by_a_reader_that_drops_it(
+    tmp_path: Path, rope: dict[str, Any], read_by: set[str], monkeypatch: pytest.MonkeyPatch, data_file: Path
+) -> None:
+    from finetune_dataflow.exports import flow
+    from tests.drawn_adapters import adapter_of
+
+    asked: list[set[str]] = []
+
+    def recorded(python: str, wanted: Any, directory: Path) -> Any:
+        asked.append({tool for tool, _ in wanted})
+        return [], []
+
+    base = write_model(tmp_path / "base", "llama", **({"rope_scaling": rope} if rope else {}))
+    adapter = adapter_of(base, tmp_path / "adapter")
+    monkeypatch.setattr(flow.readers, "outside_readers", recorded)
+    keys = ["--data", str(data_file), "--input-text-key", "question", "--output-text-key", "reply", "--model", str(base)]
+    named = ["--adapter", str(adapter), "--to", "gguf", "--out", str(tmp_path / "out"), "--gate-rows", "2", "--max-tokens", "4"]
+    assert main(["export", *named, *keys]) == 0
+    assert asked == [read_by]
 
 
 def test_a_tool_that_cannot_read_the_export_counts_as_a_gate_that_is_not_reached(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +14,19 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from finetune_dataflow.engine import adapters
+from finetune_dataflow.engine import adapters, gguf_writer
 from finetune_dataflow.engine.fit_settings import MethodSettings
 from finetune_dataflow.engine.fused import fuse
 from finetune_dataflow.engine.gguf import convert_gguf
-from finetune_dataflow.engine.gguf_tokenizer import LLAMA3, QWEN2, TEKKEN, gguf_tokenizer, load_tokenizer, sentencepiece_ids
+from finetune_dataflow.engine.gguf_tokenizer import (
+    LLAMA3,
+    QWEN2,
+    TEKKEN,
+    add_tokenizer,
+    gguf_tokenizer,
+    load_tokenizer,
+    sentencepiece_ids,
+)
 from finetune_dataflow.engine.gguf_writer import permuted, write_gguf, write_lora_gguf
 from finetune_dataflow.engine.methods import adapter_config, make_trainable
 from finetune_dataflow.engine.models import load_model
@@ -341,6 +350,17 @@ def test_a_normaliser_that_gguf_has_no_word_for_is_refused(tmp_path: Path) -> No
     write_tokenizer(model, tokenizer)
     with pytest.raises(UserError, match="normalises texts by Lowercase"):
         gguf_tokenizer(model, 320)
+
+
+def test_a_vocabulary_that_was_written_in_another_order_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reversed_tokens(writer: Any, tokenizer: Any) -> None:
+        add_tokenizer(writer, replace(tokenizer, tokens=tokenizer.tokens[::-1]))
+
+    model = write_model(tmp_path / "model", "llama")
+    monkeypatch.setattr(gguf_writer, "add_tokenizer", reversed_tokens)
+    with pytest.raises(RuntimeError, match="does not hold what was written into it"):
+        write_gguf(model, tmp_path / "model.gguf", "f16")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 @pytest.mark.parametrize(("template", "added"), [("{{ bos_token }}" + CHATML, True), (CHATML, False), (None, True)])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from finetune_dataflow.cli import main
 from tests.conftest import WORDS
@@ -45,6 +47,17 @@ def test_transformers_and_peft_read_what_mlx_lm_does(run: Path, tmp_path: Path, 
     scores = json.loads((out / "export.json").read_text())["gate"]["scores"]
     assert [each["reader"].split()[0] for each in scores] == ["mlx-lm", reader]
     assert all(each["kl_max"] < 1e-6 and each["top1"] == 1.0 and each["same_replies"] == 4 for each in scores)
+
+
+def test_penalties_that_the_base_model_comes_with_do_not_make_its_replies_others(run: Path, tmp_path: Path) -> None:
+    python, base = python_with("torch", "transformers"), Path(yaml.safe_load((run / "config.yaml").read_text())["model_id"])
+    penal = shutil.copytree(base, tmp_path / "base")
+    (penal / "generation_config.json").write_text(json.dumps({"repetition_penalty": 9.0, "no_repeat_ngram_size": 1}))
+    out = tmp_path / "out"
+    command = ["export", "--adapter", str(run / "adapters"), "--to", "fused", "--out", str(out), "--check-with", str(python)]
+    assert main([*command, "--model", str(penal), "--gate-rows", "4"]) == 0
+    scores = json.loads((out / "export.json").read_text())["gate"]["scores"]
+    assert [each["same_replies"] for each in scores] == [4, 4]
 
 
 def test_llama_cpp_gives_the_adapters_replies_to_a_gguf_file(run: Path, tmp_path: Path) -> None:

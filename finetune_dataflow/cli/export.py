@@ -62,7 +62,7 @@ def export(arguments: Sequence[str]) -> int:
     found = dr.execute(["export"], inputs=inputs)["export"]
     print(f"{inputs['adapter_path']} -> {found.directory} ({settings.kind})")
     print(*(f"  {each}" for each in found.lines), sep="\n")
-    print(f"\nOn {len_rows(found)} hold-out rows, beside the adapter-loaded model:")
+    print(f"\nOn {found.gate.scores[0].rows} hold-out rows, beside the adapter-loaded model:")
     print(*found.gate.lines(), sep="\n")
     print(*found.gate.notes, sep="\n")
     if found.gate.failures:
@@ -72,11 +72,6 @@ def export(arguments: Sequence[str]) -> int:
     if found.pushed:
         print("", *found.pushed, sep="\n")
     return 0
-
-
-def len_rows(found: Any) -> int:
-    """On how many rows an export was scored."""
-    return int(found.gate.scores[0].rows)
 
 
 def _asked_for(arguments: Sequence[str]) -> tuple[Any, dict[str, Any]]:

@@ -138,7 +138,7 @@ def _ray(address: str, agents: int) -> Iterator[Cluster]:
         _check_answer("ray", address)
     import ray
 
-    # What Ray says of itself goes to its own log, in /tmp/ray.
+    # What Ray says of itself goes to its own log, in its temporary directory.
     common: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address:
         ray.init(address=address, **common)
